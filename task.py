@@ -1,0 +1,152 @@
+"""What a problem is, and what counts as solved. Read first.
+
+The embedded task is *countdown*: reach a target from four numbers by a left-to-right chain,
+
+    prompt    7 7 1 8 -> 23 ?
+    response  7 * 8 = 56 / 1 = 56 + 7 = 63 vs 23 wait 1 + 8 = 9 + 7 = 16 + 7 = 23 vs 23 so
+
+one token per number, operator and word. A response is a chain of attempts. `vs 23` restates the
+target: an explicit check, which the model may make or skip. `wait` drops the attempt and starts
+another. `so` commits to the last one. These are, in small, the three kinds of exploratory action of
+the paper's Section 2: which operand and operator to take is a *pivotal* choice, checks and restarts
+are *reflective* actions, unusual expressions are *rare* behaviours.
+
+Departs from the paper: the paper trains on mathematics (DAPO-Math-17k, answers in \\boxed{}); this
+task needs no download, and its verifier is exact. The reward is the paper's: +1 or -1, nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Sequence
+
+LARGEST = 99                                    # results and targets have one token each: 0..99
+OPERATORS = ("+", "-", "*", "/")
+NUMBER = {str(i): i for i in range(LARGEST + 1)}   # a lookup, not int(): "007", "1_0", "٣" are no numbers
+END = "<eos>"
+
+
+@dataclass(frozen=True)
+class Problem:
+    prompt: str     # "7 7 1 8 -> 23 ?"
+    answer: str     # the target; the numbers are in the prompt
+
+
+def apply_operator(total: int, operator: str, number: int) -> int | None:
+    """total ∘ number, or None where the task forbids it: a result outside 0..99, an inexact division."""
+    if operator == "+":
+        result = total + number
+    elif operator == "-":
+        result = total - number
+    elif operator == "*":
+        result = total * number
+    elif operator == "/" and number != 0 and total % number == 0:
+        result = total // number
+    else:
+        return None
+    return result if 0 <= result <= LARGEST else None
+
+
+def countdown_solved(numbers: Sequence[int], target: int, response: str) -> bool:
+    """True only if `response` commits with a final `so` and its last attempt (after the last `wait`)
+    uses each number exactly once, has every step right and ends at the target. A check after the total
+    is optional; one that restates another number than the target makes the attempt wrong. Reads the text
+    once, token by token: no eval, no regular expression, no number above 99, so no text can hang it."""
+    words = response.split()
+    if not words or words.pop() != "so":
+        return False
+    if "wait" in words:
+        words = words[len(words) - words[::-1].index("wait"):]
+    length = 1 + 4 * (len(numbers) - 1)         # n (∘ n = r), once for every further number
+    if words[length:] not in ([], ["vs", str(target)]):
+        return False
+    words = words[:length]
+    used = [NUMBER.get(word) for word in [*words[:1], *words[2::4]]]
+    if len(words) != length or None in used or sorted(used) != sorted(numbers):
+        return False
+    total = used[0]
+    for operator, number, equals, result in zip(words[1::4], used[1:], words[3::4], words[4::4]):
+        total = apply_operator(total, operator, number)
+        if total is None or equals != "=" or NUMBER.get(result) != total:
+            return False
+    return total == target
+
+
+def reachable(numbers: tuple[int, ...]) -> set[int]:
+    """Every total that some order and choice of operators makes of all `numbers`."""
+    @cache
+    def totals(total: int, rest: tuple[int, ...]) -> frozenset[int]:
+        if not rest:
+            return frozenset([total])
+        steps = ((apply_operator(total, operator, n), rest[:i] + rest[i + 1:])
+                 for i, n in enumerate(rest) for operator in OPERATORS)
+        return frozenset().union(*(totals(result, left) for result, left in steps if result is not None))
+
+    return set().union(*(totals(n, numbers[:i] + numbers[i + 1:]) for i, n in enumerate(numbers)))
+
+
+class Countdown:
+    """All solvable problems with `count` numbers from 1 to 9 and a target from 10 to 99, split by a hash
+    of (sorted numbers, target): 90 % train, 5 % validation, 5 % test. No problem is in two splits in any
+    order of its numbers; the order of each split, and of the numbers in each prompt, comes from the same
+    hash, so the first 200 test problems are the same 200 everywhere."""
+
+    def __init__(self, count: int = 4) -> None:
+        self.count = count
+
+    @cached_property
+    def _splits(self) -> dict[str, list[Problem]]:
+        rows: dict[str, list[tuple[bytes, Problem]]] = {"train": [], "validation": [], "test": []}
+        for numbers in itertools.combinations_with_replacement(range(1, 10), self.count):
+            for target in sorted(reachable(numbers) & set(range(10, LARGEST + 1))):
+                digest = hashlib.sha256(f"{numbers} {target}".encode()).digest()
+                bucket = int.from_bytes(digest[:4], "big") % 20
+                split = {0: "validation", 1: "test"}.get(bucket, "train")
+                order = sorted(range(self.count), key=lambda i: digest[4 + i])
+                prompt = f"{' '.join(str(numbers[i]) for i in order)} -> {target} ?"
+                rows[split].append((digest[12:], Problem(prompt, str(target))))
+        return {split: [p for _, p in sorted(pairs, key=lambda pair: pair[0])] for split, pairs in rows.items()}
+
+    @property
+    def train(self) -> Sequence[Problem]:
+        return self._splits["train"]
+
+    @property
+    def validation(self) -> Sequence[Problem]:
+        return self._splits["validation"]
+
+    @property
+    def test(self) -> Sequence[Problem]:
+        return self._splits["test"]
+
+    def encode(self, problem: Problem, tokenizer) -> list[int]:
+        """Token ids of the prompt. The template is the prompt itself; this tokenizer has no BOS."""
+        return tokenizer.encode(problem.prompt, add_special_tokens=False)
+
+    def reward(self, problem: Problem, response: str, finished: bool) -> float:
+        """+1.0 if solved, else -1.0. A response cut at the length limit (not `finished`) is wrong."""
+        numbers = [int(word) for word in problem.prompt.split("->")[0].split()]
+        return 1.0 if finished and countdown_solved(numbers, int(problem.answer), response) else -1.0
+
+
+def countdown_tokenizer():
+    """A word-level Hugging Face fast tokenizer. Padding is the end token on purpose: masks come from
+    lengths here, never from ids, and the default run shows that nothing depends on a pad token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [END, "<unk>", *NUMBER, *OPERATORS, "=", "vs", "wait", "so", "->", "?"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END, unk_token="<unk>",
+                                   clean_up_tokenization_spaces=False)
+
+
+def load_task(name: str) -> Countdown:
+    """The task called `name`; ValueError for a name that is none."""
+    if name == "countdown":
+        return Countdown()
+    raise ValueError(f"unknown task {name!r}; the task here is: countdown")
