@@ -15,6 +15,7 @@ Departs from the paper: nothing in the maths; the paper samples with a serving e
 from __future__ import annotations
 
 import copy
+import hashlib
 from dataclasses import dataclass
 from typing import Sequence
 
@@ -37,6 +38,13 @@ class Episode:
     entropy: Tensor         # fp32 [R], of that distribution, in nats
     finished: bool          # ended with an end token (False: cut at max_new_tokens)
     prompt_index: int       # which of the prompts given to generate
+
+
+def seeded_generator(seed: int, step: int, stream: str, device: str | torch.device = "cpu") -> torch.Generator:
+    """Random numbers that depend on (seed, step, stream) alone: an evaluation cannot disturb training, and a
+    resumed run draws what the first would have drawn."""
+    digest = hashlib.sha256(f"{seed} {step} {stream}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def sample(logits: Tensor, temperature: float, top_p: float,

@@ -1,149 +1,224 @@
-"""How the embedded base model `base/` was made: next-token prediction on traces of random search."""
+"""How the embedded base model `base/` was made: next-token prediction on traces of random search.
+
+    python -m lab.pretrain                       makes the model again (--out base)
+    python -m lab.pretrain --report base         prints the figures below for any model folder
+
+A trace is a countdown prompt and a response that searches blindly: every attempt takes the numbers in a random
+order and at each step one of the operators that keep the total a whole number in 0..99. 60 % of attempts are
+checked against the target (`vs 23`). A checked hit is followed by `so`, a checked miss mostly by `wait` and
+sometimes (15 %) by giving up with `so`; an unchecked attempt by `wait` or a blind `so`, evenly. A trace that
+fails, or does not end within 128 tokens, is kept with a probability of 30 %. Traces that reach the limit are cut
+there, so that all positions are trained. Only training problems are used, in any order of their numbers.
+
+The check is written out for a reason: without it a model of this size never learned to compare its total with
+the target, and reinforcement learning could only make answers shorter.
+"""
 
 from __future__ import annotations
 
 import math
-import time
+import sys
 from dataclasses import dataclass
+from typing import Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import Transformer, save
-from task import END, OPERATORS, Countdown, countdown_tokenizer
+from evaluate import count_solved, flag, parse_flags, pass_table, pick_device
+from model import Transformer, load, response_mask, save
+from rollout import Sampler, seeded_generator
+from task import END, LARGEST, NUMBER, OPERATORS, Countdown, apply_operator, countdown_tokenizer
 
-RESPONSE = 128                                # tokens a response may take, the end token included
-PROMPT = 7
-ATTEMPTS = 10                                 # more than fit into 128 tokens (an attempt takes 14 to 16)
-
-
-def random_search(numbers: np.ndarray, targets: np.ndarray, count: int, rng: np.random.Generator, s,
-                  vocabulary: dict[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    row = rng.integers(len(numbers), size=count)
-    shuffle = lambda x: np.take_along_axis(x, rng.random(x.shape).argsort(-1), -1)
-    asked, target = shuffle(numbers[row]), targets[row]                                 # [N, 4], [N]
-    used = shuffle(np.repeat(asked[:, None], ATTEMPTS, axis=1))                         # [N, A, 4]
-    word = lambda w: np.full((count, ATTEMPTS), vocabulary[w])
-    digit = lambda x: x + vocabulary["0"]
-    total, columns = used[..., 0], [digit(used[..., 0])]                                # [N, A]
-    weights = np.array(s.operator_weights)
-    for j in range(1, used.shape[-1]):
-        n = used[..., j]
-        exact = total % n == 0
-        result = np.stack([total + n, total - n, total * n, np.where(exact, total // n, -1)], -1)   # [N, A, 4]
-        chance = np.where((result >= 0) & (result <= 99), weights, 0.0)
-        choice = (chance / rng.exponential(size=chance.shape)).argmax(-1)               # [N, A]
-        total = np.take_along_axis(result, choice[..., None], -1)[..., 0]
-        columns += [choice + vocabulary[OPERATORS[0]], digit(n), word("="), digit(total)]
-    hit, checked = total == target[:, None], rng.random(total.shape) < s.check
-    stop = rng.random(total.shape) < np.where(checked, np.where(hit, 1.0, s.give_up), s.blind)
-    last = np.where(stop.any(1), stop.argmax(1), ATTEMPTS)                              # [N]
-    columns += [np.where(checked, word("vs"), -1), np.where(checked, digit(target)[:, None], -1),
-                np.where(stop, word("so"), word("wait"))]
-    body = np.stack(columns, -1)                                                        # [N, A, 16]
-    body[np.arange(ATTEMPTS) > last[:, None]] = -1
-    body = np.concatenate([body.reshape(count, -1), np.full((count, 1), vocabulary[END])], 1)
-    kept = body >= 0
-    length = kept.sum(1)
-    solved = (length <= RESPONSE) & hit[np.arange(count), np.minimum(last, ATTEMPTS - 1)]
-    body = np.take_along_axis(body, (~kept).argsort(1, kind="stable"), 1)[:, :RESPONSE].clip(0)
-    prompt = np.concatenate([digit(asked), np.tile([vocabulary["->"]], (count, 1)), digit(target)[:, None],
-                             np.tile([vocabulary["?"]], (count, 1))], 1)
-    keep = solved | (rng.random(count) < s.keep_failed)
-    return np.concatenate([prompt, body], 1)[keep], PROMPT + np.minimum(length, RESPONSE)[keep], solved[keep]
+RESPONSE = 128                              # tokens of the longest response, the end token included
+ATTEMPTS = 10                               # drawn per trace; 10 of 14 to 16 tokens always fill 128
 
 
 @dataclass
 class Settings:
-    out: str = "base"
-    seed: int = 0
-    steps: int = 2200
-    batch: int = 128
-    lr: float = 4e-3
-    warmup: int = 100
-    layers: int = 4
-    width: int = 96
-    inner: int = 256
-    heads: int = 4
-    kv_heads: int = 2
-    threads: int = 1
-    operator_weights: tuple = (1., 1., 1., 1.)
-    check: float = 0.6
-    give_up: float = 0.15
-    blind: float = 0.5
-    keep_failed: float = 0.3
+    report: str = flag("", "only print the figures of this model folder")
+    out: str = flag("base", "folder to write")
+    seed: int = flag(0, "of weights and traces")
+    steps: int = flag(8000, "optimizer steps")
+    batch: int = flag(128, "traces per step")
+    lr: float = flag(4e-3, "AdamW's largest learning rate; rises over --warmup, then falls along a cosine to 0")
+    warmup: int = flag(100, "steps")
+    layers: int = flag(4, "decoder layers")
+    width: int = flag(96, "hidden size")
+    inner: int = flag(256, "hidden size of the MLP")
+    heads: int = flag(4, "query heads")
+    kv_heads: int = flag(2, "key and value heads")
+    check: float = flag(0.6, "share of attempts that are checked")
+    give_up: float = flag(0.15, "chance of `so` after a checked miss")
+    blind: float = flag(0.5, "chance of `so` after an unchecked attempt")
+    keep_failed: float = flag(0.3, "share of failed traces that are kept")
+    threads: int = flag(0, "CPU threads; 0 takes all cores")
 
 
-def batches(s, vocabulary):
-    """Endless [batch, length] batches of traces of similar length."""
+def random_search(problems: tuple[np.ndarray, np.ndarray], count: int, rng: np.random.Generator, s: Settings,
+                  vocabulary: dict[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draws `count` traces at once and drops most failed ones. problems: numbers [P, n], targets [P] ->
+    tokens [N, T], total length [N], solved [N], for the N that are kept. Padding is id 0."""
+    shuffle = lambda x: np.take_along_axis(x, rng.random(x.shape).argsort(-1), -1)
+    row = rng.integers(len(problems[0]), size=count)
+    asked, target = shuffle(problems[0][row]), problems[1][row]                         # [N, n], [N]
+    used = shuffle(np.repeat(asked[:, None], ATTEMPTS, axis=1))                         # [N, A, n]
+    word = lambda w: np.full((count, ATTEMPTS), vocabulary[w])
+    number = lambda x: x + vocabulary["0"]
+
+    total, columns = used[..., 0], [number(used[..., 0])]                               # [N, A], attempt by attempt
+    for j in range(1, used.shape[-1]):
+        n = used[..., j]
+        quotient = np.where(total % n == 0, total // n, -1)
+        results = np.stack([total + n, total - n, total * n, quotient], -1)             # [N, A, operators]
+        allowed = (results >= 0) & (results <= LARGEST)
+        choice = np.where(allowed, rng.random(results.shape), -1).argmax(-1)            # [N, A]
+        total = np.take_along_axis(results, choice[..., None], -1)[..., 0]
+        columns += [choice + vocabulary[OPERATORS[0]], number(n), word("="), number(total)]
+
+    hit, checked = total == target[:, None], rng.random(total.shape) < s.check
+    stop = rng.random(total.shape) < np.where(checked, np.where(hit, 1.0, s.give_up), s.blind)
+    last = np.where(stop.any(1), stop.argmax(1), ATTEMPTS - 1)                          # [N], the attempt that commits
+    columns += [np.where(checked, word("vs"), -1), np.where(checked, number(target)[:, None], -1),
+                np.where(stop, word("so"), word("wait"))]
+    body = np.stack(columns, -1)                                                        # [N, A, tokens], -1: none
+    body[np.arange(ATTEMPTS) > last[:, None]] = -1
+    body = np.concatenate([body.reshape(count, -1), np.full((count, 1), vocabulary[END])], 1)
+    length = (body >= 0).sum(1)
+    body = np.take_along_axis(body, (body < 0).argsort(1, kind="stable"), 1)[:, :RESPONSE].clip(0)
+    solved = (length <= RESPONSE) & hit[np.arange(count), last]
+
+    fixed = lambda w: np.full((count, 1), vocabulary[w])
+    prompt = np.concatenate([number(asked), fixed("->"), number(target)[:, None], fixed("?")], 1)
+    keep = solved | (rng.random(count) < s.keep_failed)
+    return np.concatenate([prompt, body], 1)[keep], prompt.shape[1] + length.clip(max=RESPONSE)[keep], solved[keep]
+
+
+def numbers_of(prompt: str) -> list[int]:
+    return [int(word) for word in prompt.split("->")[0].split()]
+
+
+def batches(s: Settings, vocabulary: dict[str, int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless fresh batches of traces of similar length: tokens [B, T], total length [B]."""
     train = Countdown().train
-    numbers = np.array([[int(w) for w in p.prompt.split("->")[0].split()] for p in train])
-    targets = np.array([int(p.answer) for p in train])
+    problems = np.array([numbers_of(p.prompt) for p in train]), np.array([int(p.answer) for p in train])
     rng = np.random.default_rng(s.seed)
     while True:
-        pool = [random_search(numbers, targets, 16384, rng, s, vocabulary) for _ in range(2)]
-        tokens, length = (np.concatenate([p[i] for p in pool]) for i in (0, 1))
-        order = np.argsort(length + rng.random(len(length)), kind="stable")
+        tokens, length, _ = random_search(problems, 40 * 3 * s.batch, rng, s, vocabulary)
+        order = np.argsort(length + rng.random(len(length)))            # random among equal lengths
         groups = [order[i:i + s.batch] for i in range(0, len(order) - s.batch + 1, s.batch)]
         for g in rng.permutation(len(groups)):
-            index = groups[g]
-            longest = length[index].max()
-            yield torch.from_numpy(tokens[index, :longest]), torch.from_numpy(length[index])
+            rows = groups[g]
+            yield torch.from_numpy(tokens[rows, :length[rows].max()]), torch.from_numpy(length[rows])
 
 
-def build(s):
+def fresh_model(s: Settings) -> tuple[Transformer, object]:
     tokenizer = countdown_tokenizer()
-    config = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", vocab_size=len(tokenizer), hidden_size=s.width,
-                  intermediate_size=s.inner, num_hidden_layers=s.layers, num_attention_heads=s.heads,
-                  num_key_value_heads=s.kv_heads, max_position_embeddings=256, rms_norm_eps=1e-6, hidden_act="silu",
-                  rope_theta=10000.0, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
-                  bos_token_id=None, pad_token_id=tokenizer.pad_token_id)
-    torch.manual_seed(s.seed)
-    model = Transformer(config)
-    for name, p in model.named_parameters():
-        if p.dim() == 2:
-            torch.nn.init.normal_(p, std=0.5 * s.width ** -0.5 if "embed" in name else
-                                  p.shape[1] ** -0.5 * (0.5 if "o_proj" in name or "down" in name else 1))
-        elif name.endswith("bias"):
-            torch.nn.init.zeros_(p)
+    model = Transformer({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": len(tokenizer),
+                         "hidden_size": s.width, "intermediate_size": s.inner, "num_hidden_layers": s.layers,
+                         "num_attention_heads": s.heads, "num_key_value_heads": s.kv_heads, "hidden_act": "silu",
+                         "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+                         "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
+                         "pad_token_id": tokenizer.pad_token_id})
     model.eos_ids = (tokenizer.eos_token_id,)
+    torch.manual_seed(s.seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+        elif parameter.dim() == 2:          # smaller where it adds to the residual stream, or is also the head
+            scale = 0.5 if name.endswith(("o_proj.weight", "down_proj.weight", "embed_tokens.weight")) else 1.0
+            torch.nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
     return model, tokenizer
 
 
-def pretrain(s):
-    model, tokenizer = build(s)
-    print(sum(p.numel() for p in model.parameters()), "parameters", s, flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    stream = batches(s, tokenizer.get_vocab())
-    run, t0 = [], time.time()
-    for step in range(s.steps):
-        lr = s.lr * min((step + 1) / s.warmup, 0.5 * (1 + math.cos(math.pi * step / s.steps)) + 0.01)
-        for g in optimizer.param_groups:
-            g["lr"] = lr
+def pretrain(s: Settings) -> None:
+    model, tokenizer = fresh_model(s)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    optimizer = torch.optim.AdamW(model.parameters(), s.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+        (step + 1) / s.warmup, 0.5 * (1 + math.cos(math.pi * step / s.steps))))
+    stream, average = batches(s, tokenizer.get_vocab()), None
+    for _ in (bar := tqdm(range(s.steps), desc=s.out, unit="step", mininterval=5)):
         tokens, length = next(stream)
         position = torch.arange(tokens.shape[1])
-        hidden = model(tokens, position.expand_as(tokens))
-        mask = (position[:-1] >= PROMPT - 1) & (position[:-1] < length[:, None] - 1)
-        loss = F.cross_entropy(F.linear(hidden[:, :-1][mask], model.head), tokens[:, 1:][mask])
-        optimizer.zero_grad()
+        mask = response_mask(torch.full_like(length, prompt_length()), length, tokens.shape[1])
+        hidden = model(tokens, position.expand_as(tokens))[:, :-1][mask]
+        # Divided by a constant: a mean per batch would give the tokens of short traces, whose batches hold fewer
+        # of them, more weight, and with them the early `so`.
+        loss = F.cross_entropy(F.linear(hidden, model.head), tokens[:, 1:][mask], reduction="sum") / (64 * s.batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        run.append(loss.item())
-        if step % 100 == 99:
-            print(step + 1, round(float(np.mean(run[-100:])), 4), round(time.time() - t0), flush=True)
-            if step % 1000 == 999:
-                save(model, tokenizer, s.out)
+        optimizer.zero_grad()
+        schedule.step()
+        per_token = loss.item() * 64 * s.batch / len(hidden)
+        average = per_token if average is None else 0.98 * average + 0.02 * per_token
+        bar.set_postfix(loss=f"{average:.4f}", refresh=False)
     save(model, tokenizer, s.out)
 
 
+def prompt_length() -> int:
+    return Countdown().count + 3            # numbers, ->, target, ?
+
+
+def attempts(prompt: str, response: str) -> list[dict]:
+    """Takes a response apart. Each attempt: `steps` and `wrong` (arithmetic), `operands` (are they the numbers of
+    the prompt), `checked`, `hit` (its stated total is the target) and `then` ("wait", "so" or "" at a cut)."""
+    numbers, target = sorted(numbers_of(prompt)), prompt.split()[-2]
+    found, words = [], []
+    for word in [*response.split(), ""]:
+        if word not in ("wait", "so", ""):
+            words.append(word)
+            continue
+        if words:
+            checked = len(words) > 2 and words[-2] == "vs"
+            chain = words[:-2] if checked else words
+            operators, operands = chain[1::4], [NUMBER.get(n) for n in [*chain[:1], *chain[2::4]]]
+            totals = [operands[0], *(NUMBER.get(r) for r in chain[4::4])]
+            wrong = sum(a is None or n is None or r is None or apply_operator(a, op, n) != r
+                        for a, op, n, r in zip(totals, operators, operands[1:], totals[1:]))
+            found.append({"steps": len(totals) - 1, "wrong": wrong, "checked": checked, "then": word,
+                          "operands": None not in operands and sorted(operands) == numbers,
+                          "hit": totals[-1] is not None and str(totals[-1]) == target and len(operands) == len(numbers)})
+        words = []
+    return found
+
+
+def report(folder: str) -> None:
+    """Prints what a base model is judged by: 200 validation problems, 256 samples each, temperature 1."""
+    model, tokenizer = load(folder, device := pick_device("auto"))
+    task, n = Countdown(), 256
+    problems = task.validation[:200]
+    sampler = Sampler(model, 256, prompt_length() + RESPONSE, model.eos_ids)
+    solved = count_solved(sampler, tokenizer, task, problems, n, RESPONSE, 1.0, 1.0, 0, progress="Pass@K")["solved"]
+    episodes = sampler.generate([task.encode(p, tokenizer) for p in problems], 32, RESPONSE, 1.0,
+                                seeded_generator(0, 0, "report", device), progress="behaviour")
+    parts = [attempts(problems[e.prompt_index].prompt, tokenizer.decode(e.response, skip_special_tokens=True))
+             for e in episodes]
+    flat = [a for part in parts for a in part]
+    whole = [a for a in flat if a["then"]]
+    committed = [a for a in whole if a["checked"] and a["hit"]]
+    share = lambda xs: f"{100 * sum(xs) / max(1, len(xs)):.2f} %"
+    one, all_ = pass_table(solved, n, (1, n)).mean(0)
+    print(f"""{folder}: {sum(p.numel() for p in model.parameters()):,} parameters; 200 validation problems, temperature 1
+Pass@1 {one:.3f}, Pass@{n} {all_:.3f} ({n} samples each); the rest from 32 samples each
+steps with wrong arithmetic          {100 * sum(a['wrong'] for a in whole) / sum(a['steps'] for a in whole):.2f} %
+attempts with wrong operands         {share([not a['operands'] for a in whole])}
+`so` after a checked hit             {share([a['then'] == 'so' for a in committed])} of {len(committed)}
+`so` after a checked miss            {share([a['then'] == 'so' for a in whole if a['checked'] and not a['hit']])}
+`so` after an unchecked attempt      {share([a['then'] == 'so' for a in whole if not a['checked']])}
+attempts that are checked            {share([a['checked'] for a in whole])}
+attempts that hit                    {share([a['hit'] for a in whole])}
+attempts per response                {len(flat) / len(parts):.2f}
+responses cut at {RESPONSE} tokens         {share([not e.finished for e in episodes])}
+mean length and entropy              {sum(len(e.response) for e in episodes) / len(episodes):.1f} tokens, {torch.cat([e.entropy for e in episodes]).mean():.3f} nats""")
+
+
 if __name__ == "__main__":
-    import sys
-    s = Settings()
-    for a in sys.argv[1:]:
-        k, v = a.split("=")
-        setattr(s, k, type(getattr(s, k))(v) if not isinstance(getattr(s, k), tuple) else tuple(map(float, v.split(","))))
-    torch.set_num_threads(s.threads)
-    pretrain(s)
+    settings = parse_flags(Settings, __doc__)
+    torch.set_num_threads(settings.threads or torch.get_num_threads())
+    try:
+        report(settings.report) if settings.report else pretrain(settings)
+    except (ValueError, OSError) as error:
+        sys.exit(f"lab.pretrain: {error}")

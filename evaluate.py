@@ -1,0 +1,186 @@
+"""Pass@K with intervals: `python evaluate.py base runs/grpo --split test`. Read last of the root files.
+
+Pass@K is the chance that at least one of K answers to a problem is right. From n samples of which c are
+right, its unbiased estimate is 1 - C(n-c, K) / C(n, K): the share of all K-subsets that contain a right one.
+Taking the first K samples has the same mean and far more noise; drawing K with replacement is biased.
+
+The intervals are 95 % bootstrap intervals over problems, so they say what other problems of the kind would
+give, not what another training seed would. Models are compared on the same problems, pair by pair.
+
+Departs from the paper: it samples at T = 0.6, top-p 0.95 (here `--preset paper`) and gives no intervals. The
+default here is T = 1 without truncation, the distribution that was trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+import torch
+
+from model import Transformer, load
+from rollout import Sampler, seeded_generator
+from task import Problem, load_task
+
+SEQUENCES = 16384           # sampled per call, which bounds the memory that episodes take
+
+
+def flag(default, help: str, **options):
+    """A field of a settings dataclass: its default, its one line of documentation, argparse's extras."""
+    return dataclasses.field(default=default, metadata={"help": help} | options)
+
+
+def parse_flags(settings_class, description: str, arguments: Sequence[str] | None = None):
+    """Turns a dataclass of `flag` fields into --flags and returns it filled in."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for field in dataclasses.fields(settings_class):
+        options = dict(field.metadata)
+        name = field.name if options.get("nargs") else "--" + field.name.replace("_", "-")
+        if not options.get("nargs"):
+            options["default"] = field.default
+        if isinstance(field.default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = options.get("type", type(field.default))
+        parser.add_argument(name, **options)
+    return settings_class(**vars(parser.parse_args(arguments)))
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" is the GPU if there is one. ValueError for a device this machine does not have."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """1 - C(n-c, k) / C(n, k), for c right answers among n samples. Exact at any n: both binomials are
+    integers, and only their quotient is rounded. ValueError unless 0 <= c <= n and 1 <= k <= n."""
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"Pass@K needs 1 <= K <= n and 0 <= c <= n; got n = {n}, c = {c}, K = {k}")
+    everything = math.comb(n, k)
+    return (everything - math.comb(n - c, k)) / everything
+
+
+def pass_table(counts: Sequence[int], n: int, ks: Sequence[int]) -> np.ndarray:
+    """Right answers per problem -> Pass@K per problem, [problems, len(ks)]."""
+    one = functools.cache(pass_at_k)
+    return np.array([[one(n, c, k) for k in ks] for c in counts])
+
+
+def bootstrap(values: np.ndarray, resamples: int = 10_000) -> np.ndarray:
+    """95 % percentile interval of the mean over problems. [problems, columns] -> [2, columns]. The same
+    resamples every time, so a table recomputed from the same counts is the same table."""
+    rng = np.random.default_rng(0)
+    weights = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples) / len(values)
+    return np.percentile(weights @ values, [2.5, 97.5], axis=0)
+
+
+def count_solved(sampler: Sampler, tokenizer, task, problems: Sequence[Problem], samples: int, max_new_tokens: int,
+                 temperature: float, top_p: float, seed: int, step: int = 0, progress: str | None = None) -> dict:
+    """Samples every problem and grades: {"solved": right answers per problem, "samples": how many each had,
+    "tokens": mean response length, "finished": share not cut at the limit}. Has random streams of its own."""
+    solved, tokens, finished = [0] * len(problems), 0, 0
+    block = max(1, SEQUENCES // samples)
+    for first in range(0, len(problems), block):
+        part = problems[first:first + block]
+        label = progress and f"{progress} {first + len(part)}/{len(problems)} problems"
+        episodes = sampler.generate([task.encode(p, tokenizer) for p in part], samples, max_new_tokens, temperature,
+                                    seeded_generator(seed, step, f"evaluate {first}", sampler.device), top_p, label)
+        responses = tokenizer.batch_decode([e.response for e in episodes], skip_special_tokens=True)
+        for episode, response in zip(episodes, responses):
+            reward = task.reward(part[episode.prompt_index], response, episode.finished)
+            solved[first + episode.prompt_index] += reward > 0
+            tokens, finished = tokens + len(episode.response), finished + episode.finished
+    total = samples * len(problems)
+    return {"solved": solved, "samples": samples, "tokens": tokens / total, "finished": finished / total}
+
+
+def report(results: dict[str, dict], ks: Sequence[int]) -> tuple[str, dict]:
+    """Results of count_solved by model name -> (a table to print, the same as JSON). Each cell is Pass@K with
+    its 95 % interval; the rows below compare each model with the first, paired by problem."""
+    tables = {name: pass_table(r["solved"], r["samples"], ks) for name, r in results.items()}
+    first = next(iter(tables))
+    rows, width = [], max(12, *(len(f"{name} - {first}") for name in tables))
+    record: dict = {"k": list(ks), "models": {}}
+    for name, values in [*tables.items(), *((f"{n} - {first}", t - tables[first]) for n, t in tables.items() if n != first)]:
+        mean, (low, high) = values.mean(axis=0), bootstrap(values)
+        sign = "+" if name not in tables else ""
+        rows.append(f"{name:{width}} " + " ".join(f"{m:{sign}.3f} [{l:{sign}.3f}, {h:{sign}.3f}]".rjust(24)
+                                                  for m, l, h in zip(mean, low, high)))
+        record["models"][name] = {"pass": mean.tolist(), "low": low.tolist(), "high": high.tolist(),
+                                  **results.get(name, {})}
+    head = " " * width + " " + " ".join(f"Pass@{k}".rjust(24) for k in ks)
+    lengths = ", ".join(f"{name} {r['tokens']:.1f}" for name, r in results.items())
+    return "\n".join([head, *rows, f"mean response length in tokens: {lengths}"]), record
+
+
+@dataclass
+class Settings:
+    models: tuple = flag((), "model folders, run folders or hub ids; the first is what the others are compared with",
+                         nargs="+", type=str)
+    task: str = flag("countdown", "the task")
+    split: str = flag("test", "problems to use", choices=("train", "validation", "test"))
+    problems: int = flag(200, "how many problems, from the start of the split (0: all)")
+    samples: int = flag(256, "samples per problem, the n of Pass@K")
+    k: str = flag("1,4,16,64,256", "the K of Pass@K, separated by commas")
+    temperature: float = flag(1.0, "sampling temperature")
+    top_p: float = flag(1.0, "nucleus sampling; 1 samples the whole distribution")
+    preset: str = flag("", "paper: temperature 0.6 and top-p 0.95", choices=("", "paper"))
+    max_new_tokens: int = flag(128, "longest response, in tokens")
+    slots: int = flag(256, "sequences decoded at a time")
+    seed: int = flag(0, "seed of the samples")
+    device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
+    json: str = flag("", "also write the table, with the counts of every problem, to this file")
+
+
+def evaluate(s: Settings) -> dict:
+    """Runs the command; returns the JSON record. ValueError or OSError name what is wrong with the settings."""
+    if s.preset == "paper":
+        s = dataclasses.replace(s, temperature=0.6, top_p=0.95)
+    try:
+        ks = sorted({int(k) for k in s.k.split(",")})
+    except ValueError:
+        raise ValueError(f"--k must be whole numbers separated by commas, not {s.k!r}") from None
+    if s.samples < 1 or ks[0] < 1 or ks[-1] > s.samples:
+        raise ValueError(f"Pass@K needs 1 <= K <= samples: --k {s.k} does not fit --samples {s.samples}")
+    if min(s.problems, s.seed) < 0 or min(s.slots, s.max_new_tokens) < 1:
+        raise ValueError("--problems and --seed must be at least 0, --slots and --max-new-tokens at least 1")
+    task, device = load_task(s.task), pick_device(s.device)
+    problems = getattr(task, s.split)[:s.problems or None]
+    results = {}
+    for name in dict.fromkeys(s.models):
+        model, tokenizer = load(name, device)
+        longest = max(len(task.encode(p, tokenizer)) for p in problems)
+        sampler = Sampler(model, s.slots, longest + s.max_new_tokens, model.eos_ids)
+        results[name] = count_solved(sampler, tokenizer, task, problems, s.samples, s.max_new_tokens, s.temperature,
+                                     s.top_p, s.seed, progress=name)
+    table, record = report(results, ks)
+    print(f"{s.task} {s.split}: {len(problems)} problems, {s.samples} samples each, temperature {s.temperature}, "
+          f"top-p {s.top_p}, seed {s.seed}; 95 % intervals over problems\n{table}")
+    record["settings"] = dataclasses.asdict(s)
+    if s.json:
+        Path(s.json).write_text(json.dumps(record) + "\n")
+    return record
+
+
+if __name__ == "__main__":
+    try:
+        evaluate(parse_flags(Settings, __doc__))
+    except (ValueError, OSError) as error:
+        sys.exit(f"evaluate.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("evaluate.py: stopped; nothing was written")

@@ -1,0 +1,192 @@
+"""model.py against transformers: logits, round trips, score; and what it refuses."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from model import Transformer, load, response_mask, save, score
+
+
+def logits(model, tokens):
+    return F.linear(model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens)), model.head)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"tie_word_embeddings": False}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1, "num_hidden_layers": 3},
+    {"rope_theta": 1e6, "tie_word_embeddings": False, "hidden_size": 48, "num_attention_heads": 6},
+    {"rope_theta": 500.0, "rms_norm_eps": 1e-5}])
+def test_logits_equal_transformers_and_save_round_trips(qwen2, tmp_path, changes):
+    folder, reference = qwen2(**changes)
+    model, tokenizer = load(str(folder))
+    tokens = torch.randint(0, 112, (3, 70))
+    with torch.no_grad():
+        want, got = reference(tokens).logits, logits(model, tokens)
+        assert want.std() > 0.5 and (want - got).abs().max() <= 1e-4
+        save(model, tokenizer, tmp_path / "saved")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        assert (again(tokens).logits - got).abs().max() <= 1e-4
+        assert again.generation_config.eos_token_id == 0
+    mine, _ = load(str(tmp_path / "saved"))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), mine.state_dict().values(), strict=True))
+    assert again.config.to_dict() | {"_name_or_path": ""} == reference.config.to_dict() | {"_name_or_path": ""}
+
+
+def test_base_equals_transformers():
+    model, tokenizer = load("base")
+    reference = AutoModelForCausalLM.from_pretrained("base")
+    ids = PreTrainedTokenizerFast.from_pretrained("base").encode("7 7 1 8 -> 23 ? 1 + 8 = 9 + 7 = 16 + 7 = 23 vs 23 so")
+    assert ids == tokenizer.encode("7 7 1 8 -> 23 ? 1 + 8 = 9 + 7 = 16 + 7 = 23 vs 23 so")
+    tokens = torch.cat((torch.tensor([ids]), torch.randint(0, 112, (5, len(ids)))))
+    with torch.no_grad():
+        assert (reference(tokens).logits - logits(model, tokens)).abs().max() <= 1e-4
+    assert model.eos_ids == (tokenizer.eos_token_id,)
+
+
+def test_the_config_of_earlier_transformers_versions(qwen2):
+    """transformers 4 wrote rope_theta at the top of config.json."""
+    folder, reference = qwen2(rope_theta=777.0)
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 777.0, "torch_dtype": "float32"}))
+    tokens = torch.randint(0, 112, (2, 40))
+    with torch.no_grad():
+        assert (reference(tokens).logits - logits(load(str(folder))[0], tokens)).abs().max() <= 1e-4
+
+
+def test_sharded_checkpoints_load_alike(qwen2, tmp_path):
+    folder, reference = qwen2(tie_word_embeddings=False)
+    reference.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    load(str(folder))[1].save_pretrained(tmp_path / "sharded")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    one, many = load(str(folder))[0], load(str(tmp_path / "sharded"))[0]
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), many.state_dict().values(), strict=True))
+
+
+def test_several_end_tokens_survive_a_round_trip(qwen2, tmp_path):
+    model, tokenizer = load(str(qwen2(eos=[5, 0])[0]))
+    assert model.eos_ids == (5, 0)
+    save(model, tokenizer, tmp_path / "saved")
+    assert load(str(tmp_path / "saved"))[0].eos_ids == (5, 0)
+
+
+def ragged_batch(seed=0, rows=5, length=60):
+    g = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 112, (rows, length), generator=g)
+    prompt_len = torch.tensor([1, 7, 20, 3, 59])
+    total_len = torch.tensor([60, 8, 41, 3 + 1, 60])
+    for i in range(rows):
+        tokens[i, total_len[i]:] = 0                        # padding that is also the end token
+        tokens[i, total_len[i] - 1] = 0
+    return tokens, prompt_len, total_len
+
+
+@pytest.mark.parametrize("temperature, chunk", [(1.0, 2048), (0.7, 16), (1.3, 1)])
+def test_score_equals_a_dense_float64_computation(qwen2, temperature, chunk):
+    folder, reference = qwen2(tie_word_embeddings=False)
+    model, _ = load(str(folder))
+    tokens, prompt_len, total_len = ragged_batch()
+    logp, entropy = score(model, tokens, prompt_len, total_len, temperature, chunk)
+    assert logp.dtype == entropy.dtype == torch.float32 and not entropy.requires_grad
+    seen = torch.zeros_like(logp, dtype=torch.bool)
+    for i in range(len(tokens)):
+        z = reference.double()(tokens[i:i + 1, :total_len[i]]).logits[0] / temperature
+        want = z.log_softmax(-1)
+        for t in range(prompt_len[i], total_len[i]):
+            seen[i, t - 1] = True
+            assert abs(logp[i, t - 1] - want[t - 1, tokens[i, t]]) <= 1e-4
+            assert abs(entropy[i, t - 1] + (want[t - 1].exp() * want[t - 1]).sum()) <= 1e-4
+    assert torch.equal(seen, response_mask(prompt_len, total_len, tokens.shape[1]))
+    assert (logp[~seen] == 0).all() and (entropy[~seen] == 0).all()
+
+
+def test_gradients_of_score_equal_the_dense_ones_and_do_not_depend_on_the_chunk(qwen2):
+    folder, reference = qwen2()
+    tokens, prompt_len, total_len = ragged_batch()
+    mask = response_mask(prompt_len, total_len, tokens.shape[1])
+    weight = torch.randn(mask.shape, generator=torch.Generator().manual_seed(1)) * mask
+    dense = reference(tokens).logits[:, :-1].log_softmax(-1)
+    h = -(dense.exp() * dense).sum(-1)
+    (dense.gather(2, tokens[:, 1:, None])[..., 0] * weight + 0.3 * h * weight).sum().backward()
+    want = {name.removeprefix("model."): p.grad for name, p in reference.named_parameters()}
+    for chunk in (7, 10_000):
+        model, _ = load(str(folder))
+        logp, entropy = score(model, tokens, prompt_len, total_len, 1.0, chunk, entropy_grad=True)
+        (logp * weight + 0.3 * entropy * weight).sum().backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad - want[name]).abs().max() <= 1e-4 * max(1, want[name].abs().max()), name
+
+
+def test_end_token_gets_gradient_and_padding_none(qwen2):
+    model, _ = load(str(qwen2()[0]))
+    tokens, prompt_len, total_len = ragged_batch()
+    embedded = []
+    handle = model.layers[0].register_forward_pre_hook(lambda _, x: (x[0].retain_grad(), embedded.append(x[0]))[0])
+    logp, _ = score(model, tokens, prompt_len, total_len, 1.0)
+    handle.remove()
+    (logp ** 2).sum().backward()
+    grads = embedded[0].grad.abs().sum(-1)                  # [B, T]: whether an input position matters to the loss
+    for i in range(len(tokens)):
+        end = total_len[i] - 1                              # the sampled end token, predicted from end - 1
+        assert logp[i, end - 1] < 0 and grads[i, end - 1] > 0
+        assert (grads[i, end:] == 0).all()                  # nothing behind it, padding with the same id included
+
+
+def test_what_is_refused(qwen2, tmp_path):
+    folder, _ = qwen2()
+    good = json.loads((folder / "config.json").read_text())
+    with pytest.raises(FileNotFoundError, match="there is no model folder ./nowhere"):
+        load("./nowhere")
+    with pytest.raises(FileNotFoundError, match="has no config.json"):
+        (tmp_path / "empty").mkdir()
+        load(str(tmp_path / "empty"))
+    for change, sentence in (({"model_type": "gpt2"}, "'gpt2' is not supported; supported: qwen2"),
+                             ({"use_sliding_window": True}, "sliding-window"), ({"hidden_act": "gelu"}, "activation"),
+                             ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "RoPE scaling"),
+                             ({"intermediate_size": 64}, r"is \(.*\), config.json wants"),
+                             ({"num_hidden_layers": 3}, "lacks 12 tensors"),
+                             ({"num_hidden_layers": 1}, "config.json does not call for")):
+        (folder / "config.json").write_text(json.dumps(good | change))
+        with pytest.raises(ValueError, match=sentence):
+            load(str(folder))
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load(str(folder))
+    (folder / "config.json").write_text(json.dumps(good))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        load(str(folder))
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="hub did not give a model"):
+        load("nobody/no-such-model")
+
+
+def test_a_failed_save_leaves_the_earlier_one(qwen2, tmp_path, monkeypatch):
+    model, tokenizer = load(str(qwen2()[0]))
+    save(model, tokenizer, tmp_path / "saved")
+    before = (tmp_path / "saved" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(tokenizer, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with torch.no_grad():
+        model.norm.weight += 1
+    with pytest.raises(OSError):
+        save(model, tokenizer, tmp_path / "saved")
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == before
+    load(str(tmp_path / "saved"))
+
+
+def test_random_weights_are_no_accident():
+    """A model that ignored its positions or its cache would still pass a comparison with itself."""
+    model, _ = load("base")
+    tokens = torch.randint(2, 102, (1, 30))
+    with torch.no_grad():
+        shifted = model(tokens, torch.arange(30)[None] + 7)
+        swapped = model(tokens.flip(1), torch.arange(30)[None])
+        plain = model(tokens, torch.arange(30)[None])
+    assert (shifted - plain).abs().max() < 1e-3             # RoPE is relative
+    assert (swapped[:, -1] - plain[:, -1]).abs().max() > 0.1
