@@ -110,8 +110,8 @@ class Sampler:
                              f"{max_new_tokens} new ones in {self.max_length}; the longest has {longest}")
         queue = [i for i in range(len(prompts)) for _ in range(samples_per_prompt)]     # whose turn is next
         episodes: list[Episode | None] = [None] * len(queue)
-        rows, started, bar = min(self.slots, len(queue)), 0, tqdm(total=len(queue), desc=progress, unit="seq",
-                                                                  leave=False, disable=progress is None)
+        rows, started = min(self.slots, len(queue)), 0
+        bar = tqdm(total=len(queue), desc=progress, unit="seq", leave=False, disable=None if progress else True)
         if self.cache is None or self.cache.shape[2] < rows:
             self.cache = self.decoder.new_cache(rows, self.max_length)
         cache = self.cache[:, :, :rows]                                 # [layers, 2, S, kv_heads, L, d]
