@@ -21,13 +21,13 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 import torch
 
 from model import Transformer, load
-from rollout import Sampler, seeded_generator
+from rollout import Episode, Sampler, seeded_generator
 from task import Problem, load_task
 
 SEQUENCES = 16384           # sampled per call, which bounds the memory that episodes take
@@ -90,9 +90,11 @@ def bootstrap(values: np.ndarray, resamples: int = 10_000) -> np.ndarray:
 
 
 def count_solved(sampler: Sampler, tokenizer, task, problems: Sequence[Problem], samples: int, max_new_tokens: int,
-                 temperature: float, top_p: float, seed: int, step: int = 0, progress: str | None = None) -> dict:
+                 temperature: float, top_p: float, seed: int, step: int = 0, progress: str | None = None,
+                 watch: Callable[[Problem, str, Episode], None] | None = None) -> dict:
     """Samples every problem and grades: {"solved": right answers per problem, "samples": how many each had,
-    "tokens": mean response length, "finished": share not cut at the limit}. Has random streams of its own."""
+    "tokens": mean response length, "finished": share not cut at the limit}. Has random streams of its own.
+    `watch` is shown every problem, response and episode, for whoever wants to count something else too."""
     solved, tokens, finished = [0] * len(problems), 0, 0
     block = max(1, SEQUENCES // samples)
     for first in range(0, len(problems), block):
@@ -105,6 +107,8 @@ def count_solved(sampler: Sampler, tokenizer, task, problems: Sequence[Problem],
             reward = task.reward(part[episode.prompt_index], response, episode.finished)
             solved[first + episode.prompt_index] += reward > 0
             tokens, finished = tokens + len(episode.response), finished + episode.finished
+            if watch:
+                watch(part[episode.prompt_index], response, episode)
     total = samples * len(problems)
     return {"solved": solved, "samples": samples, "tokens": tokens / total, "finished": finished / total}
 

@@ -143,8 +143,9 @@ class Sampler:
                 position[slots] = torch.tensor([len(prompts[queue[i]]) - 1 for i in take], device=self.device)
                 count[slots], alive[slots] = 0, True
 
+            reach = min(int(position.max()) + CHECK_EVERY, self.max_length)     # no row gets further in this round
             for _ in range(CHECK_EVERY):                                # decode
-                hidden = self.decoder(token[:, None], position[:, None], cache)[:, 0]       # [S, width]
+                hidden = self.decoder(token[:, None], position[:, None], cache[:, :, :, :, :reach])[:, 0]   # [S, width]
                 drawn, logp, entropy = sample(F.linear(hidden, self.decoder.head), temperature, top_p, generator)
                 column = torch.where(alive, count, max_new_tokens)[:, None]                 # [S, 1]
                 tokens.scatter_(1, column, drawn[:, None])

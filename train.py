@@ -126,7 +126,8 @@ def collate(episodes: list[Episode], device: torch.device) -> tuple[Tensor, ...]
 
 def update(model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[Episode], advantage: Tensor,
            s: Settings) -> Counter:
-    """One optimizer step on the episodes of a minibatch. Returns statistics as sums over scored tokens."""
+    """One optimizer step on the episodes of a minibatch, whose gradients come in zeroed and leave so. Returns
+    policy_loss's sums, the sums of psi / |A| and of the gap to the sampler, and the largest gap and the norm."""
     device, statistics = model.head.device, Counter()
     denominator = sum(len(e.response) for e in episodes)        # of the whole step, whatever is left out below
     # Without a KL or entropy term, A = 0 means no gradient: such sequences need no forward pass.
@@ -202,7 +203,8 @@ def train(s: Settings) -> Path:
                  "rollout_tokens_per_s": line["tokens"] / (rolled_out - started),
                  "update_tokens_per_s": line["tokens"] / (updated - rewarded), "peak_memory_gb": peak_memory(device)}
         if step % s.eval_every == 0 and step < s.steps:
-            line["validation_pass@1"] = sum((v := validate(step, s.eval_samples))["solved"]) / len(validation) / v["samples"]
+            solved = validate(step, s.eval_samples)["solved"]
+            line["validation_pass@1"] = sum(solved) / (len(solved) * s.eval_samples)
             save(model, tokenizer, run / "model")
         if step == s.steps:
             results["trained"] = validate(step, s.final_samples, "validation, trained")

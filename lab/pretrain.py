@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from typing import Iterator
 
@@ -28,10 +29,10 @@ from tqdm import tqdm
 
 from evaluate import count_solved, flag, parse_flags, pass_table, pick_device
 from model import Transformer, load, response_mask, save
-from rollout import Sampler, seeded_generator
-from task import END, LARGEST, NUMBER, OPERATORS, Countdown, apply_operator, countdown_tokenizer
+from rollout import Episode, Sampler
+from task import END, LARGEST, NUMBER, OPERATORS, Countdown, Problem, apply_operator, countdown_tokenizer
 
-RESPONSE = 128                              # tokens of the longest response, the end token included
+PROMPT, RESPONSE = 7, 128                   # tokens of a prompt and of the longest response, its end token included
 ATTEMPTS = 10                               # drawn per trace; 10 of 14 to 16 tokens always fill 128
 
 
@@ -92,7 +93,7 @@ def random_search(problems: tuple[np.ndarray, np.ndarray], count: int, rng: np.r
     fixed = lambda w: np.full((count, 1), vocabulary[w])
     prompt = np.concatenate([number(asked), fixed("->"), number(target)[:, None], fixed("?")], 1)
     keep = solved | (rng.random(count) < s.keep_failed)
-    return np.concatenate([prompt, body], 1)[keep], prompt.shape[1] + length.clip(max=RESPONSE)[keep], solved[keep]
+    return np.concatenate([prompt, body], 1)[keep], PROMPT + length.clip(max=RESPONSE)[keep], solved[keep]
 
 
 def numbers_of(prompt: str) -> list[int]:
@@ -142,7 +143,7 @@ def pretrain(s: Settings) -> None:
     for _ in (bar := tqdm(range(s.steps), desc=s.out, unit="step", mininterval=5)):
         tokens, length = next(stream)
         position = torch.arange(tokens.shape[1])
-        mask = response_mask(torch.full_like(length, prompt_length()), length, tokens.shape[1])
+        mask = response_mask(torch.full_like(length, PROMPT), length, tokens.shape[1])
         hidden = model(tokens, position.expand_as(tokens))[:, :-1][mask]
         # Divided by a constant: a mean per batch would give the tokens of short traces, whose batches hold fewer
         # of them, more weight, and with them the early `so`.
@@ -156,10 +157,6 @@ def pretrain(s: Settings) -> None:
         average = per_token if average is None else 0.98 * average + 0.02 * per_token
         bar.set_postfix(loss=f"{average:.4f}", refresh=False)
     save(model, tokenizer, s.out)
-
-
-def prompt_length() -> int:
-    return Countdown().count + 3            # numbers, ->, target, ?
 
 
 def attempts(prompt: str, response: str) -> list[dict]:
@@ -185,34 +182,60 @@ def attempts(prompt: str, response: str) -> list[dict]:
     return found
 
 
-def report(folder: str) -> None:
+class Behaviour:
+    """Counts what responses do; its `watch` goes to evaluate.count_solved."""
+
+    def __init__(self) -> None:
+        self.count: Counter = Counter()
+
+    def watch(self, problem: Problem, response: str, episode: Episode) -> None:
+        count, parts = self.count, attempts(problem.prompt, response)
+        count["responses"] += 1
+        count["entropy"] += float(episode.entropy.sum())
+        count["tokens"] += len(episode.response)
+        count["cut"] += not episode.finished
+        for a in (a for a in parts if a["then"]):               # an attempt that was cut off says nothing
+            count["attempts"] += 1
+            count["steps"] += a["steps"]
+            count["wrong steps"] += a["wrong"]
+            count["wrong operands"] += not a["operands"]
+            count["hits"] += a["hit"]
+            kind = ("checked" if a["checked"] else "unchecked", "hit" if a["hit"] else "miss")
+            count[kind] += 1
+            count[*kind, "so"] += a["then"] == "so"
+
+    def figures(self) -> dict[str, float]:
+        c = self.count
+        checked, unchecked = (c[kind, "hit"] + c[kind, "miss"] for kind in ("checked", "unchecked"))
+        blind = c["unchecked", "hit", "so"] + c["unchecked", "miss", "so"]
+        share = lambda part, whole: part / max(1, whole)
+        return {"steps with wrong arithmetic": share(c["wrong steps"], c["steps"]),
+                "attempts with wrong operands": share(c["wrong operands"], c["attempts"]),
+                "so after a checked hit": share(c["checked", "hit", "so"], c["checked", "hit"]),
+                "so after a checked miss": share(c["checked", "miss", "so"], c["checked", "miss"]),
+                "so after an unchecked attempt": share(blind, unchecked),
+                "attempts that hit": share(c["hits"], c["attempts"]),
+                "attempts per response": share(c["attempts"], c["responses"]),
+                "checks per response": share(checked, c["responses"]),
+                "responses cut at the limit": share(c["cut"], c["responses"]),
+                "tokens per response": share(c["tokens"], c["responses"]),
+                "entropy in nats": share(c["entropy"], c["tokens"])}
+
+
+def report(folder: str) -> dict[str, float]:
     """Prints what a base model is judged by: 200 validation problems, 256 samples each, temperature 1."""
-    model, tokenizer = load(folder, device := pick_device("auto"))
-    task, n = Countdown(), 256
-    problems = task.validation[:200]
-    sampler = Sampler(model, 256, prompt_length() + RESPONSE, model.eos_ids)
-    solved = count_solved(sampler, tokenizer, task, problems, n, RESPONSE, 1.0, 1.0, 0, progress="Pass@K")["solved"]
-    episodes = sampler.generate([task.encode(p, tokenizer) for p in problems], 32, RESPONSE, 1.0,
-                                seeded_generator(0, 0, "report", device), progress="behaviour")
-    parts = [attempts(problems[e.prompt_index].prompt, tokenizer.decode(e.response, skip_special_tokens=True))
-             for e in episodes]
-    flat = [a for part in parts for a in part]
-    whole = [a for a in flat if a["then"]]
-    committed = [a for a in whole if a["checked"] and a["hit"]]
-    share = lambda xs: f"{100 * sum(xs) / max(1, len(xs)):.2f} %"
-    one, all_ = pass_table(solved, n, (1, n)).mean(0)
-    print(f"""{folder}: {sum(p.numel() for p in model.parameters()):,} parameters; 200 validation problems, temperature 1
-Pass@1 {one:.3f}, Pass@{n} {all_:.3f} ({n} samples each); the rest from 32 samples each
-steps with wrong arithmetic          {100 * sum(a['wrong'] for a in whole) / sum(a['steps'] for a in whole):.2f} %
-attempts with wrong operands         {share([not a['operands'] for a in whole])}
-`so` after a checked hit             {share([a['then'] == 'so' for a in committed])} of {len(committed)}
-`so` after a checked miss            {share([a['then'] == 'so' for a in whole if a['checked'] and not a['hit']])}
-`so` after an unchecked attempt      {share([a['then'] == 'so' for a in whole if not a['checked']])}
-attempts that are checked            {share([a['checked'] for a in whole])}
-attempts that hit                    {share([a['hit'] for a in whole])}
-attempts per response                {len(flat) / len(parts):.2f}
-responses cut at {RESPONSE} tokens         {share([not e.finished for e in episodes])}
-mean length and entropy              {sum(len(e.response) for e in episodes) / len(episodes):.1f} tokens, {torch.cat([e.entropy for e in episodes]).mean():.3f} nats""")
+    model, tokenizer = load(folder, pick_device("auto"))
+    task, n, behaviour = Countdown(), 256, Behaviour()
+    sampler = Sampler(model, 256, PROMPT + RESPONSE, model.eos_ids)
+    result = count_solved(sampler, tokenizer, task, task.validation[:200], n, RESPONSE, 1.0, 1.0, 0, progress=folder,
+                          watch=behaviour.watch)
+    one, every = pass_table(result["solved"], n, (1, n)).mean(0)
+    figures = {"Pass@1": one, f"Pass@{n}": every, **behaviour.figures()}
+    print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters; 200 validation problems, {n} samples "
+          "each, temperature 1")
+    for name, value in figures.items():
+        print(f"{name:32}{value:8.4f}")
+    return figures
 
 
 if __name__ == "__main__":

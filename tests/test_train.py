@@ -3,7 +3,10 @@
 import json
 import math
 import runpy
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -253,6 +256,21 @@ def test_a_run_folder_that_cannot_be_made(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     message = command(monkeypatch, "train.py", "--out", str(tmp_path / "file"))
     assert message.startswith("train.py: ") and "\n" not in message
+
+
+def test_ctrl_c_says_one_sentence_and_keeps_what_was_saved(tmp_path):
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in (SMALL | {"steps": 100_000, "eval_every": 1}).items()]
+    process = subprocess.Popen([sys.executable, "train.py", "--out", str(tmp_path), "--name", "run", *flags],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 1 and error.splitlines()[-1].startswith("train.py: stopped")
+    assert "Traceback" not in error
+    load(str(tmp_path / "run"))
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()][:3] == [1, 2, 3]
 
 
 def test_every_setting_is_a_flag_with_a_line_of_documentation(capsys):

@@ -1,0 +1,139 @@
+"""All arms, several seeds, one command: `python -m lab.study` trains, measures on the test problems once, and prints
+the tables of lab/RESULTS.md. `--tables` prints them again from the saved counts, without running anything.
+
+Each finished run leaves lab/results/ARM-SEED.json.gz: right answers per test problem and what the responses did. A
+run that has left its file is not done again, so an interrupted study goes on where it was; one whose training had
+finished is only measured. Two single-threaded processes work side by side, which on two cores is faster than two
+threads. Seeds vary data order and sampling; the base model is the same.
+
+Two intervals stand side by side because they answer different questions: over problems (bootstrap, as in evaluate.py)
+what other problems would give with these trained models, over seeds (t) what other training runs would give.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import gzip
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from evaluate import bootstrap, count_solved, flag, parse_flags, pass_table
+from lab.pretrain import PROMPT, RESPONSE, Behaviour
+from model import load
+from rollout import Sampler
+from task import Countdown
+
+ARMS = {"GRPO": ["--alpha", "0"], "GRPO + entropy advantage": []}
+PROBLEMS, SAMPLES = 200, 256
+KS = (1, 4, 16, 64, 128)
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+BEHAVIOUR = ("tokens per response", "attempts per response", "checks per response", "attempts that hit",
+             "so after an unchecked attempt", "so after a checked miss", "responses cut at the limit", "entropy in nats")
+
+
+@dataclass
+class Settings:
+    seeds: int = flag(3, "training seeds per arm, from 0")
+    runs: str = flag("runs/study", "where the training runs go")
+    results: str = flag("lab/results", "where the counts go")
+    processes: int = flag(2, "single-threaded processes side by side")
+    tables: bool = flag(False, "only print the tables from the saved counts")
+    measure: str = flag("", "used by the study itself: measure this model folder and write --to")
+    to: str = flag("", "see --measure")
+
+
+def key(arm: str, seed: int) -> str:
+    return f"{arm.lower().replace(' + ', '-').replace(' ', '-')}-{seed}"
+
+
+def measure(model_folder: str, target: Path) -> None:
+    """Samples the test problems once and saves the counts."""
+    torch.set_num_threads(1)
+    model, tokenizer = load(model_folder)
+    behaviour, task = Behaviour(), Countdown()
+    result = count_solved(Sampler(model, 256, PROMPT + RESPONSE, model.eos_ids), tokenizer, task, task.test[:PROBLEMS],
+                          SAMPLES, RESPONSE, 1.0, 1.0, seed=0, watch=behaviour.watch)
+    fresh = target.with_suffix(".tmp")
+    with gzip.GzipFile(fresh, "wb", mtime=0) as file:           # no time stamp: same counts, same bytes
+        file.write(json.dumps({"solved": result["solved"], "samples": SAMPLES, **behaviour.figures()}).encode())
+    fresh.rename(target)
+
+
+def work(arm: str, seed: int, s: Settings) -> None:
+    """Trains (unless it is the base, or done) and measures one run, each in a process of one thread."""
+    target, folder = Path(s.results) / f"{key(arm, seed)}.json.gz", "base"
+    run = lambda *command: subprocess.run([sys.executable, *command], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if arm in ARMS:
+        folder = f"{s.runs}/{key(arm, seed)}"
+        if not Path(folder, "validation.json").exists():        # the last thing that a finished run writes
+            run("train.py", "--out", s.runs, "--name", key(arm, seed), "--overwrite", "--seed", str(seed), *ARMS[arm])
+    run("-m", "lab.study", "--measure", folder, "--to", str(target))
+
+
+def study(s: Settings) -> None:
+    Path(s.results).mkdir(parents=True, exist_ok=True)
+    todo = [("base", 0), *((arm, seed) for seed in range(s.seeds) for arm in ARMS)]
+    todo = [job for job in todo if not Path(s.results, f"{key(*job)}.json.gz").exists()]
+    with concurrent.futures.ThreadPoolExecutor(s.processes) as pool:
+        futures = [pool.submit(work, *job, s) for job in todo]
+        for future in tqdm(concurrent.futures.as_completed(futures), total=len(futures), desc="study", unit="run"):
+            future.result()
+
+
+def read(results: Path, arm: str) -> list[dict]:
+    """The saved counts of an arm, by seed."""
+    files = sorted(results.glob(key(arm, 0).removesuffix("0") + "[0-9]*.json.gz"))
+    return [json.loads(gzip.decompress(file.read_bytes())) for file in files]
+
+
+def tables(results: Path) -> str:
+    """The Markdown tables of lab/RESULTS.md, from the saved counts alone."""
+    arms = {arm: found for arm in ("base", *ARMS) if (found := read(results, arm))}
+    passes = {arm: np.array([pass_table(r["solved"], r["samples"], KS) for r in found]) for arm, found in arms.items()}
+    cells = lambda mean, low, high, sign="": " | ".join(f"{m:{sign}.3f} [{l:{sign}.3f}, {h:{sign}.3f}]"
+                                                        for m, l, h in zip(mean, low, high))
+    lines = ["| mean over seeds, 95 % interval over problems | " + " | ".join(f"Pass@{k}" for k in KS) + " |",
+             "|---" * (len(KS) + 1) + "|"]
+    for arm, values in passes.items():                          # [seeds, problems, K]
+        lines.append(f"| {arm} ({len(values)} seed{'s' * (len(values) > 1)}) | "
+                     f"{cells(values.mean((0, 1)), *bootstrap(values.mean(0)))} |")
+    plain, shaped = (passes[arm] for arm in ARMS)
+    n = min(len(plain), len(shaped))
+    gain = shaped[:n] - plain[:n]
+    per_seed = gain.mean(1)                                     # [seeds, K]
+    half = T_975[n - 1] * per_seed.std(0, ddof=1) / n ** 0.5 if n > 1 else np.full(len(KS), np.inf)
+    mean = per_seed.mean(0)
+    lines += [f"| difference, interval over problems | {cells(mean, *bootstrap(gain.mean(0)), '+')} |",
+              f"| difference, interval over {n} seeds | {cells(mean, mean - half, mean + half, '+')} |", "",
+              "| per seed | " + " | ".join(f"Pass@{k}" for k in KS) + " |", "|---" * (len(KS) + 1) + "|"]
+    for arm in ARMS:
+        lines += [f"| {arm}, seed {i} | " + " | ".join(f"{x:.3f}" for x in row) + " |"
+                  for i, row in enumerate(passes[arm].mean(1))]
+    lines += ["", "| mean over seeds | " + " | ".join(arms) + " |", "|---" * (len(arms) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(f"{np.mean([r[name] for r in found]):.3f}" for found in arms.values()) + " |"
+              for name in BEHAVIOUR]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    settings = parse_flags(Settings, __doc__)
+    try:
+        if settings.measure:
+            measure(settings.measure, Path(settings.to))
+        else:
+            if not settings.tables:
+                study(settings)
+            print(tables(Path(settings.results)))
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"lab.study: {error}")
+    except KeyboardInterrupt:
+        sys.exit("lab.study: stopped; the same command goes on with what is left")
