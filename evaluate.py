@@ -5,7 +5,8 @@ right, its unbiased estimate is 1 - C(n-c, K) / C(n, K): the share of all K-subs
 Taking the first K samples has the same mean and far more noise; drawing K with replacement is biased.
 
 The intervals are 95 % bootstrap intervals over problems, so they say what other problems of the kind would
-give, not what another training seed would. Models are compared on the same problems, pair by pair.
+give, not what another training seed would. Models are compared on the same problems, pair by pair, and with the
+same random numbers, so that a model and its copy differ by exactly 0.
 
 Departs from the paper: it samples at T = 0.6, top-p 0.95 (here `--preset paper`) and gives no intervals. The
 default here is T = 1 without truncation, the distribution that was trained.
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 from model import Transformer, load
-from rollout import Episode, Sampler, seeded_generator
+from rollout import Episode, Sampler, seeded_generator, texts
 from task import Problem, load_task
 
 SEQUENCES = 16384           # sampled per call, which bounds the memory that episodes take
@@ -60,10 +61,13 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda devices are supported")
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return torch.device(name)
+    return device
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -102,8 +106,7 @@ def count_solved(sampler: Sampler, tokenizer, task, problems: Sequence[Problem],
         label = progress and f"{progress} {first + len(part)}/{len(problems)} problems"
         episodes = sampler.generate([task.encode(p, tokenizer) for p in part], samples, max_new_tokens, temperature,
                                     seeded_generator(seed, step, f"evaluate {first}", sampler.device), top_p, label)
-        responses = tokenizer.batch_decode([e.response for e in episodes], skip_special_tokens=True)
-        for episode, response in zip(episodes, responses):
+        for episode, response in zip(episodes, texts(tokenizer, episodes)):
             reward = task.reward(part[episode.prompt_index], response, episode.finished)
             solved[first + episode.prompt_index] += reward > 0
             tokens, finished = tokens + len(episode.response), finished + episode.finished

@@ -2,7 +2,7 @@
 
     Transformer   tokens -> hidden states; explicit positions; an optional static KV cache
     score         log-probabilities and entropies of given tokens, without ever holding all logits
-    load, save    Hugging Face folders in and out, bit for bit
+    load, save    Hugging Face folders in and out; fp32 weights come back bit for bit
 
 Module and parameter names are Hugging Face's, so that a checkpoint loads without a translation table.
 `score` is where the paper's H_t comes from: the entropy over the full vocabulary, of the *current*
@@ -112,7 +112,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`config` is the dictionary of a Hugging Face config.json; `save` writes it back unchanged.
+    """`config` is the dictionary of a Hugging Face config.json; `save` writes it back, but for the dtype.
     ValueError for an architecture this file does not implement."""
 
     def __init__(self, config: dict) -> None:
@@ -168,8 +168,14 @@ def rope_theta(config: dict) -> float:
 def check_supported(config: dict) -> None:
     if config.get("model_type") not in SUPPORTED:
         raise ValueError(f"model type {config.get('model_type')!r} is not supported; supported: {', '.join(SUPPORTED)}")
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "rms_norm_eps")
+    if missing := [name for name in needed if name not in config]:
+        raise ValueError(f"the model's config.json lacks {', '.join(missing)}")
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    unusual = {"sliding-window attention": config.get("use_sliding_window", False),
+    unusual = {"a head size of its own": config.get("head_dim", head_dim) != head_dim,
+               "sliding-window attention": config.get("use_sliding_window", False),
                "RoPE scaling": scaling.get("rope_type", scaling.get("type", "default")) != "default",
                f"activation {config.get('hidden_act')!r}": config.get("hidden_act", "silu") != "silu"}
     if found := [name for name, present in unusual.items() if present]:
@@ -220,6 +226,8 @@ def load(path_or_hub_id: str, device: str | torch.device = "cpu",
 
     folder = find_folder(path_or_hub_id)
     config = read_json(folder / "config.json")
+    if "model_type" not in config:
+        raise ValueError(f"{folder}/config.json names no model type; a run's folder holds a model once a step saved one")
     model = Transformer(config).to(device, dtype)
     wanted = dict(model.state_dict())
     for file in sorted(folder.glob("*.safetensors")):
@@ -238,6 +246,8 @@ def load(path_or_hub_id: str, device: str | torch.device = "cpu",
                 target.copy_(tensor)
     if wanted:
         raise ValueError(f"{folder} lacks {len(wanted)} tensors, {next(iter(wanted))} among them")
+    if not (folder / "tokenizer.json").exists():
+        raise FileNotFoundError(f"{folder} has no tokenizer.json")
     # Not AutoTokenizer: for model_type qwen2 it installs Qwen2's byte-level rules whatever tokenizer.json says.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     generation = folder / "generation_config.json"
@@ -269,14 +279,19 @@ def find_folder(path_or_hub_id: str) -> Path:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return content
 
 
 def save(model: Transformer, tokenizer, directory: str | Path) -> None:
-    """Writes what transformers' from_pretrained loads. The folder is written beside its final place and
-    renamed when it is whole, so that a full disk or a kill leaves the earlier one as it was."""
+    """Writes what transformers' from_pretrained loads, with the weights in the type they have here. The folder is
+    written beside its final place and renamed when it is whole: after a full disk or a kill the earlier one is
+    there, at worst (killed between the two renames) as NAME.old. OSError if it cannot be written."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     directory = Path(directory)
@@ -285,9 +300,13 @@ def save(model: Transformer, tokenizer, directory: str | Path) -> None:
     fresh.mkdir(parents=True)
     weights = {name if name.startswith("lm_head") else "model." + name: tensor.detach().cpu().contiguous()
                for name, tensor in model.state_dict().items()}
-    save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:                                # also where the disk is full: no OSError
+        raise OSError(f"{fresh} could not be written ({error})") from None
     dtype = str(model.head.dtype).removeprefix("torch.")
-    (fresh / "config.json").write_text(json.dumps(model.config | {"dtype": dtype}, indent=2) + "\n")
+    config = {key: value for key, value in model.config.items() if key != "torch_dtype"} | {"dtype": dtype}
+    (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     eos = model.eos_ids[0] if len(model.eos_ids) == 1 else list(model.eos_ids)
     (fresh / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}, indent=2) + "\n")
     tokenizer.save_pretrained(fresh)

@@ -61,6 +61,12 @@ def sample(logits: Tensor, temperature: float, top_p: float,
     return token, (z.gather(1, token[:, None]) - lse)[:, 0], entropy
 
 
+def texts(tokenizer, episodes: Sequence[Episode]) -> list[str]:
+    """The responses as text, without the end token that finished them. Any other special token stays in the
+    text: dropping it would turn a malformed answer into a good one."""
+    return tokenizer.batch_decode([e.response[:-1] if e.finished else e.response for e in episodes])
+
+
 def truncate(z: Tensor, top_p: float) -> Tensor:
     """Nucleus sampling: keeps the likeliest tokens up to and including the one that reaches `top_p`; the
     others get -inf. [S, V] -> [S, V]."""
@@ -100,10 +106,11 @@ class Sampler:
                  temperature: float, generator: torch.Generator, top_p: float = 1.0,
                  progress: str | None = None) -> list[Episode]:
         """`samples_per_prompt` episodes for each prompt, in the order of the prompts. Same prompts, weights,
-        slots and generator state: same episodes (bit for bit on a CPU). ValueError for an empty prompt, one
-        that leaves no room for `max_new_tokens`, temperature <= 0 or top_p outside (0, 1]."""
-        if temperature <= 0 or not 0 < top_p <= 1:
-            raise ValueError(f"sampling needs temperature > 0 and 0 < top_p <= 1, not {temperature} and {top_p}")
+        slots and generator state: same episodes (bit for bit on a CPU). ValueError for an empty prompt, one that
+        leaves no room for `max_new_tokens` (at least 1), a temperature outside 0.001..1000 or top_p outside (0, 1]."""
+        if not 1e-3 <= temperature <= 1e3 or not 0 < top_p <= 1 or max_new_tokens < 1:
+            raise ValueError(f"sampling needs temperature > 0 (0.001 to 1000), 0 < top_p <= 1 and a new token at least, "
+                             f"not {temperature}, {top_p} and {max_new_tokens}")
         longest = max(map(len, prompts), default=1)
         if min(map(len, prompts), default=1) < 1 or longest + max_new_tokens > self.max_length:
             raise ValueError(f"prompts must have 1 to {self.max_length - max_new_tokens} tokens to leave room for "

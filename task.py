@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Sequence
@@ -75,33 +76,41 @@ def countdown_solved(numbers: Sequence[int], target: int, response: str) -> bool
     return total == target
 
 
-def reachable(numbers: tuple[int, ...]) -> set[int]:
-    """Every total that some order and choice of operators makes of all `numbers`."""
+def chains(numbers: tuple[int, ...]) -> Counter[int]:
+    """How many different left-to-right chains of all `numbers` end at each total."""
     @cache
-    def totals(total: int, rest: tuple[int, ...]) -> frozenset[int]:
+    def ends(total: int, rest: tuple[int, ...]) -> Counter[int]:
         if not rest:
-            return frozenset([total])
-        steps = ((apply_operator(total, operator, n), rest[:i] + rest[i + 1:])
-                 for i, n in enumerate(rest) for operator in OPERATORS)
-        return frozenset().union(*(totals(result, left) for result, left in steps if result is not None))
+            return Counter([total])
+        found: Counter[int] = Counter()
+        for i, number in enumerate(rest):
+            if number not in rest[:i]:                  # equal numbers make the same chain
+                for operator in OPERATORS:
+                    if (result := apply_operator(total, operator, number)) is not None:
+                        found.update(ends(result, rest[:i] + rest[i + 1:]))
+        return found
 
-    return set().union(*(totals(n, numbers[:i] + numbers[i + 1:]) for i, n in enumerate(numbers)))
+    return sum((ends(n, numbers[:i] + numbers[i + 1:]) for i, n in enumerate(numbers) if n not in numbers[:i]), Counter())
 
 
 class Countdown:
-    """All solvable problems with `count` numbers from 1 to 9 and a target from 10 to 99, split by a hash
-    of (sorted numbers, target): 90 % train, 5 % validation, 5 % test. No problem is in two splits in any
-    order of its numbers; the order of each split, and of the numbers in each prompt, comes from the same
-    hash, so the first 200 test problems are the same 200 everywhere."""
+    """All problems with `count` numbers from 1 to 9 and a target from 10 to 99 that at least `solutions` chains
+    solve, split by a hash of (sorted numbers, target): 90 % train, 5 % validation, 5 % test. No problem is in
+    two splits in any order of its numbers; the order of each split, and of the numbers in each prompt, comes
+    from the same hash, so the first 200 test problems are the same 200 everywhere.
 
-    def __init__(self, count: int = 4) -> None:
-        self.count = count
+    Three solutions, because blind search almost never finds the only one: over all solvable problems the
+    embedded base model has Pass@1 0.047 and Pass@128 0.91, over these 0.064 and 0.98."""
+
+    def __init__(self, count: int = 4, solutions: int = 3) -> None:
+        self.count, self.solutions = count, solutions
 
     @cached_property
     def _splits(self) -> dict[str, list[Problem]]:
         rows: dict[str, list[tuple[bytes, Problem]]] = {"train": [], "validation": [], "test": []}
         for numbers in itertools.combinations_with_replacement(range(1, 10), self.count):
-            for target in sorted(reachable(numbers) & set(range(10, LARGEST + 1))):
+            found = chains(numbers)
+            for target in (t for t in range(10, LARGEST + 1) if found[t] >= self.solutions):
                 digest = hashlib.sha256(f"{numbers} {target}".encode()).digest()
                 bucket = int.from_bytes(digest[:4], "big") % 20
                 split = {0: "validation", 1: "test"}.get(bucket, "train")

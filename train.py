@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ from tqdm import tqdm
 
 from advantage import group_advantage, policy_loss, shape_with_entropy
 from evaluate import count_solved, flag, parse_flags, pick_device, report
-from model import Transformer, load, response_mask, save, score
-from rollout import Episode, Sampler, seeded_generator
+from model import Transformer, load, read_json, response_mask, save, score
+from rollout import Episode, Sampler, seeded_generator, texts
 from task import Problem, load_task
 
 
@@ -80,14 +81,14 @@ def check(s: Settings) -> None:
                 "eval_samples", "final_samples")), ("steps", s.steps >= 0, "at least 0"), ("seed", s.seed >= 0, "at least 0")):
         value = getattr(s, name)
         if not good or value != value or value in (math.inf, -math.inf):
-            raise ValueError(f"--{name.replace('_', '-')} must be {wanted}; it is {value}")
+            raise ValueError(f"--{name.replace('_', '-')} must be finite and {wanted}; it is {value}")
 
 
 def run_name(s: Settings) -> str:
     """grpo, and every setting that differs from its default, so that two settings never share a folder."""
     parts = [f"{f.name.replace('_', '')}={getattr(s, f.name)}" for f in dataclasses.fields(s)
              if f.name not in ("name", "out", "overwrite") and getattr(s, f.name) != f.default]
-    return "-".join(["grpo", *parts]).replace("/", "_")
+    return quote("-".join(["grpo", *parts]), safe="=,-")
 
 
 def draw(problems: list[Problem], count: int, step: int, seed: int) -> list[Problem]:
@@ -144,15 +145,16 @@ def update(model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[
         loss.backward()
 
         with torch.no_grad():
-            share = torch.where(mask & (plain != 0), (shaped - plain).abs() / plain.abs(), 0.0)     # psi / |A|
+            share = torch.where(mask & (plain != 0), (shaped - plain) / plain.abs(), 0.0)           # psi / |A|
             gap = (logp - old_logp).abs()[mask]
-            sums |= {"loss": loss, "shaping": share.sum(), "gap": gap.sum()}
+            sums |= {"loss": loss.detach(), "shaping": share.sum(), "gap": gap.sum()}
         statistics.update({name: float(value) for name, value in sums.items()})
         statistics["gap_max"] = max(statistics["gap_max"], float(gap.max()))
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
+    statistics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip))
+    if not math.isfinite(statistics["loss"] + statistics["grad_norm"]):
+        raise FloatingPointError(f"the loss is {statistics['loss']} and the gradient norm {statistics['grad_norm']}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)          # zeros, not None: a step without live sequences still steps
-    statistics["grad_norm"] = float(norm)
     return statistics
 
 
@@ -185,16 +187,19 @@ def train(s: Settings) -> Path:
         sampler.free()
         rolled_out = time.perf_counter()
         # reward
-        responses = tokenizer.batch_decode([e.response for e in episodes], skip_special_tokens=True)
         reward = torch.tensor([task.reward(batch[e.prompt_index], response, e.finished)
-                               for e, response in zip(episodes, responses)])                # [N]
+                               for e, response in zip(episodes, texts(tokenizer, episodes))])   # [N]
         # advantage
         advantage = group_advantage(reward, group)                                          # [N]
         rewarded = time.perf_counter()
         # score, shape, loss, step
         size, updates = s.minibatch * s.samples, []
-        for i in range(0, len(episodes), size):
-            updates.append(update(model, optimizer, episodes[i:i + size], advantage[i:i + size], s))
+        try:
+            for i in range(0, len(episodes), size):
+                updates.append(update(model, optimizer, episodes[i:i + size], advantage[i:i + size], s))
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {step} stopped before its optimizer step: {error}; the mean reward was "
+                                     f"{reward.mean():.3f}; {run}/model, if there is one, is the last good model") from None
         sampler.sync()
         updated = time.perf_counter()
 
@@ -226,7 +231,8 @@ def summary(step: int, episodes: list[Episode], reward: Tensor, advantage: Tenso
             s: Settings) -> dict:
     """The log line of a step. The entropy and length are of all sampled tokens; the clip fractions, KL and
     shaping of the scored ones, which are those of mixed groups if skip_zero. The gap between sampler and
-    scorer is read in the first update, where both still have the same weights."""
+    scorer is read in the first update, where both still have the same weights (None if it scored nothing)."""
+    measured = updates[0]["tokens"] > 0
     tokens = sum(len(e.response) for e in episodes)
     total = Counter()
     for statistics in updates:
@@ -238,7 +244,8 @@ def summary(step: int, episodes: list[Episode], reward: Tensor, advantage: Tenso
             "equal_groups": float((advantage.view(-1, s.samples) == 0).all(1).float().mean()),
             "shaping": mean(total, "shaping"), "clip_low": mean(total, "clipped_low"),
             "clip_high": mean(total, "clipped_high"), "kl": mean(total, "kl"), "loss": total["loss"] / len(updates),
-            "gap_mean": mean(updates[0], "gap"), "gap_max": updates[0]["gap_max"],
+            "gap_mean": mean(updates[0], "gap") if measured else None,
+            "gap_max": updates[0]["gap_max"] if measured else None,
             "grad_norm": sum(u["grad_norm"] for u in updates) / len(updates), "tokens": tokens}
 
 
@@ -250,11 +257,20 @@ def peak_memory(device: torch.device) -> float:
 
 
 def open_run(s: Settings) -> Path:
-    """Makes the run's folder, with the settings in config.json. FileExistsError if there is one."""
-    run = Path(s.out) / (s.name or run_name(s))
-    if run.exists() and not s.overwrite:
-        raise FileExistsError(f"the run folder {run} exists; give another --name, or --overwrite to replace it")
-    shutil.rmtree(run, ignore_errors=True)
+    """Makes the run's folder, with the settings in config.json. FileExistsError if there is one; --overwrite
+    replaces it only if it is a run, and not the one that the model comes from."""
+    name = s.name or run_name(s)
+    if name in (".", "..") or name != Path(name).name:
+        raise ValueError(f"--name must be the name of a folder in --out, not a path; it is {name!r}")
+    run = Path(s.out) / name
+    if run.exists():
+        if not s.overwrite:
+            raise FileExistsError(f"the run folder {run} exists; give another --name, or --overwrite to replace it")
+        if not (run / "config.json").exists() or "alpha" not in read_json(run / "config.json"):
+            raise FileExistsError(f"{run} is not a run folder, so --overwrite leaves it alone; give another --name")
+        if run.resolve() in (Path(s.model).resolve(), *Path(s.model).resolve().parents):
+            raise ValueError(f"--overwrite would delete {s.model}, which this run starts from; give another --name")
+        shutil.rmtree(run)
     run.mkdir(parents=True)
     (run / "config.json").write_text(json.dumps(dataclasses.asdict(s), indent=2) + "\n")
     print(f"{run}: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(s).items() if value != ""))
@@ -264,7 +280,7 @@ def open_run(s: Settings) -> Path:
 if __name__ == "__main__":
     try:
         train(parse_flags(Settings, __doc__))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped; the run's folder keeps its log and the last saved model")
+        sys.exit("train.py: stopped; the run's folder keeps its log and the last saved model, if any step saved one")

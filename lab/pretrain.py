@@ -8,7 +8,8 @@ order and at each step one of the operators that keep the total a whole number i
 checked against the target (`vs 23`). A checked hit is followed by `so`, a checked miss mostly by `wait` and
 sometimes (15 %) by giving up with `so`; an unchecked attempt by `wait` or a blind `so`, evenly. A trace that
 fails, or does not end within 128 tokens, is kept with a probability of 30 %. Traces that reach the limit are cut
-there, so that all positions are trained. Only training problems are used, in any order of their numbers.
+there, so that all positions are trained. Only training problems are used, those with few solutions too, in any
+order of their numbers.
 
 The check is written out for a reason: without it a model of this size never learned to compare its total with
 the target, and reinforcement learning could only make answers shorter.
@@ -102,12 +103,13 @@ def numbers_of(prompt: str) -> list[int]:
 
 def batches(s: Settings, vocabulary: dict[str, int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless fresh batches of traces of similar length: tokens [B, T], total length [B]."""
-    train = Countdown().train
+    train = Countdown(solutions=1).train
     problems = np.array([numbers_of(p.prompt) for p in train]), np.array([int(p.answer) for p in train])
     rng = np.random.default_rng(s.seed)
     while True:
         tokens, length, _ = random_search(problems, 40 * 3 * s.batch, rng, s, vocabulary)
         order = np.argsort(length + rng.random(len(length)))            # random among equal lengths
+        # What does not fill a last batch, all of it traces cut at the limit, is dropped.
         groups = [order[i:i + s.batch] for i in range(0, len(order) - s.batch + 1, s.batch)]
         for g in rng.permutation(len(groups)):
             rows = groups[g]
@@ -242,6 +244,8 @@ if __name__ == "__main__":
     settings = parse_flags(Settings, __doc__)
     torch.set_num_threads(settings.threads or torch.get_num_threads())
     try:
+        if min(settings.steps, settings.warmup, settings.batch) < 1:
+            raise ValueError("--steps, --warmup and --batch must be at least 1")
         report(settings.report) if settings.report else pretrain(settings)
     except (ValueError, OSError) as error:
         sys.exit(f"lab.pretrain: {error}")

@@ -7,7 +7,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from evaluate import Settings, bootstrap, evaluate, pass_at_k, pass_table, report
+import torch
+
+import evaluate as module
+from evaluate import Settings, bootstrap, count_solved, evaluate, pass_at_k, pass_table, report
+from rollout import Episode, Sampler, seeded_generator
+from task import Problem, countdown_tokenizer
 
 
 def test_pass_at_k_equals_enumeration_over_all_subsets():
@@ -83,12 +88,69 @@ def test_the_papers_preset_samples_the_papers_distribution(capsys):
     assert "temperature 0.6, top-p 0.95" in capsys.readouterr().out
 
 
+class FakeSampler:
+    """Answers problem i of the whole list right i times of 4, with i + 1 tokens, the last answer cut."""
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.calls = []
+
+    def generate(self, prompts, samples, max_new_tokens, temperature, generator, top_p, progress):
+        self.calls.append((len(prompts), samples, max_new_tokens, temperature, top_p, generator.initial_seed()))
+        tokenizer, episodes = countdown_tokenizer(), []
+        for row, prompt in enumerate(prompts):
+            i = prompt[0] - tokenizer.convert_tokens_to_ids("0")
+            for j in range(samples):
+                text = tokenizer.encode(" ".join(["1" if j < i else "0"] * (i + 1)))
+                episodes.append(Episode(torch.tensor(prompt), torch.tensor(text), None, None, j < 3, row))
+        return episodes
+
+
+class FakeTask:
+    def encode(self, problem, tokenizer):
+        return tokenizer.encode(problem.prompt)
+
+    def reward(self, problem, response, finished):
+        return 1.0 if finished and response.startswith("1") else -1.0
+
+
+def test_counting_in_several_blocks(monkeypatch):
+    monkeypatch.setattr(module, "SEQUENCES", 8)                             # two problems a block
+    sampler, seen = FakeSampler(), []
+    problems = [Problem(str(i), "") for i in range(5)]
+    got = count_solved(sampler, countdown_tokenizer(), FakeTask(), problems, 4, 99, 0.5, 0.9, 7, 3,
+                       watch=lambda p, r, e: seen.append((p.prompt, len(e.response))))
+    assert got == {"solved": [0, 1, 2, 3, 3], "samples": 4, "tokens": 3.0, "finished": 0.75}    # 4 of 4, but one was cut
+    assert seen == [(str(i), i + 1) for i in range(5) for _ in range(4)]
+    assert [c[0] for c in sampler.calls] == [2, 2, 1] and {c[1:5] for c in sampler.calls} == {(4, 99, 0.5, 0.9)}
+    seeds = {c[5] for c in sampler.calls}
+    assert len(seeds) == 3 and seeds.isdisjoint(seeded_generator(7, step, "rollout").initial_seed() for step in range(10))
+
+
+def test_the_command_measures_what_it_was_asked_to(monkeypatch, qwen2):
+    """Every model by its own weights, on its split and all of its problems, at its temperature and top-p."""
+    asked, generate = [], Sampler.generate
+
+    def spy(self, prompts, samples, max_new_tokens, temperature, generator, top_p, progress):
+        asked.append((self.model.config["hidden_size"], prompts, temperature, top_p))
+        return generate(self, prompts[:2], 1, 2, temperature, generator, top_p)
+    monkeypatch.setattr(Sampler, "generate", spy)
+    folder, _ = qwen2()
+    evaluate(Settings(models=("base", str(folder)), split="test", problems=0, samples=1, k="1", preset="paper"))
+    task, tokenizer = module.load_task("countdown"), countdown_tokenizer()
+    assert [(a[0], a[2], a[3]) for a in asked] == [(96, 0.6, 0.95), (32, 0.6, 0.95)]
+    assert all(a[1] == [task.encode(p, tokenizer) for p in task.test] for a in asked)
+
+
 @pytest.mark.parametrize("changes, sentence", [
     ({"k": "1,300"}, "does not fit --samples 256"), ({"k": "0"}, "1 <= K"), ({"k": "a"}, "whole numbers"),
     ({"samples": 0, "k": "1"}, "1 <= K"), ({"problems": -1}, "at least 0"), ({"slots": 0}, "at least 1"),
     ({"task": "chess"}, "unknown task 'chess'"), ({"models": ("./nowhere",)}, "no model folder ./nowhere"),
-    ({"device": "cuda:99"}, "cannot be used here"), ({"temperature": 0.0}, "temperature > 0")])
+    ({"device": "cuda:99"}, "cannot be used here"), ({"temperature": 0.0}, "temperature > 0"),
+    ({"temperature": float("nan")}, "temperature > 0")])
 def test_bad_settings_get_one_sentence(changes, sentence):
+    small = {"models": ("base",)} if "samples" in changes or "300" in changes.get("k", "") else {
+        "models": ("base",), "samples": 2, "problems": 2, "k": "1"}
     with pytest.raises((ValueError, OSError), match=sentence) as error:
-        evaluate(Settings(**({"models": ("base",)} | changes)))
+        evaluate(Settings(**(small | changes)))
     assert "\n" not in str(error.value)

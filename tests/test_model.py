@@ -65,6 +65,37 @@ def test_sharded_checkpoints_load_alike(qwen2, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), many.state_dict().values(), strict=True))
 
 
+def test_generation_config_decides_the_end_tokens(qwen2):
+    """Instruction-tuned checkpoints name more end tokens there than in config.json."""
+    folder, _ = qwen2(eos=7)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+    assert load(str(folder))[0].eos_ids == (5, 7)
+
+
+def test_a_bf16_checkpoint_is_saved_in_the_type_it_was_trained_in(qwen2, tmp_path):
+    folder, reference = qwen2()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16", "dtype": "bfloat16"}))
+    model, tokenizer = load(str(folder))
+    for _ in range(2):                                      # the second time over the first
+        save(model, tokenizer, tmp_path / "saved")
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("saved")] == ["saved"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").dtype == torch.float32
+    assert "torch_dtype" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+
+
+def test_logits_are_not_kept_for_the_backward_pass(qwen2):
+    """What score saves for the backward pass does not grow with the vocabulary times the sequence."""
+    model, _ = load(str(qwen2(vocab_size=5000)[0]))
+    tokens, prompt_len, total_len = ragged_batch()
+    largest = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (largest.append(t.numel()), t)[1], lambda t: t):
+        logp, _ = score(model, tokens, prompt_len, total_len, 1.0, chunk=8)
+    assert max(largest) <= 5000 * 32                        # the head's weight; 8 rows of logits would be 40,000
+    assert sum(n for n in largest if n % 5000 == 0 and n != 5000 * 32) == 0
+    assert logp.requires_grad
+
+
 def test_several_end_tokens_survive_a_round_trip(qwen2, tmp_path):
     model, tokenizer = load(str(qwen2(eos=[5, 0])[0]))
     assert model.eos_ids == (5, 0)
@@ -145,16 +176,29 @@ def test_what_is_refused(qwen2, tmp_path):
     for change, sentence in (({"model_type": "gpt2"}, "'gpt2' is not supported; supported: qwen2"),
                              ({"use_sliding_window": True}, "sliding-window"), ({"hidden_act": "gelu"}, "activation"),
                              ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "RoPE scaling"),
+                             ({"head_dim": 12}, "head size of its own"),
                              ({"intermediate_size": 64}, r"is \(.*\), config.json wants"),
                              ({"num_hidden_layers": 3}, "lacks 12 tensors"),
                              ({"num_hidden_layers": 1}, "config.json does not call for")):
         (folder / "config.json").write_text(json.dumps(good | change))
         with pytest.raises(ValueError, match=sentence):
             load(str(folder))
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in good.items() if k != "hidden_size"}))
+    with pytest.raises(ValueError, match="lacks hidden_size"):
+        load(str(folder))
+    (folder / "config.json").write_text('{"alpha": 0.4}')
+    with pytest.raises(ValueError, match="names no model type"):
+        load(str(folder))
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="does not hold a JSON object"):
+        load(str(folder))
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         load(str(folder))
     (folder / "config.json").write_text(json.dumps(good))
+    (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    with pytest.raises(FileNotFoundError, match="has no tokenizer.json"):
+        load(str(folder))
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a readable safetensors file"):
@@ -180,13 +224,11 @@ def test_a_failed_save_leaves_the_earlier_one(qwen2, tmp_path, monkeypatch):
     load(str(tmp_path / "saved"))
 
 
-def test_random_weights_are_no_accident():
-    """A model that ignored its positions or its cache would still pass a comparison with itself."""
+def test_positions_matter_only_relatively():
     model, _ = load("base")
     tokens = torch.randint(2, 102, (1, 30))
     with torch.no_grad():
-        shifted = model(tokens, torch.arange(30)[None] + 7)
-        swapped = model(tokens.flip(1), torch.arange(30)[None])
-        plain = model(tokens, torch.arange(30)[None])
-    assert (shifted - plain).abs().max() < 1e-3             # RoPE is relative
-    assert (swapped[:, -1] - plain[:, -1]).abs().max() > 0.1
+        plain, shifted, stretched = (model(tokens, position[None]) for position in (
+            torch.arange(30), torch.arange(30) + 7, torch.arange(30) * 2))
+    assert (shifted - plain).abs().max() < 1e-3             # RoPE is relative ...
+    assert (stretched - plain).abs().max() > 0.1            # ... and is there

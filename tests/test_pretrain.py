@@ -9,7 +9,7 @@ from lab.pretrain import Settings, attempts, batches, fresh_model, numbers_of, p
 from model import load
 from task import Countdown, Problem, countdown_tokenizer
 
-TRAIN = Countdown().train
+TRAIN = Countdown(solutions=1).train
 PROBLEMS = np.array([numbers_of(p.prompt) for p in TRAIN]), np.array([int(p.answer) for p in TRAIN])
 TOKENIZER = countdown_tokenizer()
 
@@ -81,6 +81,6 @@ def test_pretraining_learns_and_reports(tmp_path, capsys):
 def test_base_is_what_it_is_said_to_be():
     record = evaluate(EvaluateSettings(models=("base",), split="validation", problems=100, samples=64, k="1,64"))
     one, many = record["models"]["base"]["pass"]
-    assert 0.04 < one < 0.14 and many > 0.75
+    assert 0.05 < one < 0.12 and many > 0.8
     model, _ = load("base")
     assert sum(p.numel() for p in model.parameters()) <= 450_000

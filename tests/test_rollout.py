@@ -5,7 +5,8 @@ import torch
 
 import rollout
 from model import load
-from rollout import Sampler, sample, seeded_generator, truncate
+from rollout import Episode, Sampler, sample, seeded_generator, texts, truncate
+from task import countdown_tokenizer
 
 
 def prompts_of(lengths, seed=0):
@@ -144,11 +145,47 @@ def test_bf16_decode_follows_the_master_weights_after_sync(qwen2):
     assert all(e.logp.dtype == torch.float32 for e in episodes)
 
 
+def test_a_sampler_used_again_for_more_equals_a_fresh_one(qwen2):
+    model, _ = load(str(qwen2()[0]))
+    prompts = prompts_of([3, 6])
+    draw = lambda sampler, n: [e.response.tolist() for e in sampler.generate(prompts, n, 30, 1.0, seeded_generator(0, 0, "x"))]
+    used = Sampler(model, 64, 40, (0,))
+    draw(used, 1)                                           # a cache of 2 rows ...
+    assert draw(used, 20) == draw(Sampler(model, 64, 40, (0,)), 20)         # ... and then 40 are needed
+    used.free()
+    assert used.cache is None and draw(used, 1) == draw(Sampler(model, 64, 40, (0,)), 1)
+
+
+def test_prefills_stay_within_their_budget_and_the_tail_shrinks(qwen2, monkeypatch):
+    model, _ = load(str(qwen2()[0]))
+    sampler = Sampler(model, 32, 130, (0,))
+    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 60)
+    prompts, ends = prompts_of([21, 21, 31, 5, 5, 5, 70, 2]), [0]
+    while ends[-1] < len(prompts):
+        ends.append(sampler.prefill(prompts, ends[-1])[1])
+    assert ends == [0, 3 - 1, 4, 6, 7, 8]                   # 2 x 20, then 2 x 30, 2 x 4 (3 x 69 is too much), 69 alone, 1
+    rows = []
+    model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    with torch.no_grad():
+        model.embed_tokens.weight[0] *= 3
+    sampler.generate(prompts[3:5], 16, 100, 1.0, seeded_generator(1, 0, "test"))
+    assert max(rows) == 32 and rows[-1] <= 16
+
+
+def test_only_the_final_end_token_is_left_out_of_the_text():
+    """An unknown or a second end token inside an answer must not be dropped: that would repair the answer."""
+    tokenizer = countdown_tokenizer()
+    episode = lambda text, finished: Episode(torch.zeros(1), torch.tensor(tokenizer.encode(text)), None, None, finished, 0)
+    found = texts(tokenizer, [episode("1 + 8 = 9 so <eos>", True), episode("1 <unk> + 8", False), episode("1 <unk> so <eos>", True)])
+    assert found == ["1 + 8 = 9 so", "1 <unk> + 8", "1 <unk> so"]
+
+
 def test_bad_requests_are_refused(qwen2):
     model, _ = load(str(qwen2()[0]))
     sampler, g = Sampler(model, 4, 20, (0,)), seeded_generator(0, 0, "x")
     for prompts, new, temperature, top_p in (([[1] * 11], 10, 1.0, 1.0), ([[]], 10, 1.0, 1.0), ([[1]], 10, 0.0, 1.0),
-                                             ([[1]], 10, 1.0, 0.0), ([[1]], 10, 1.0, 1.1)):
+                                             ([[1]], 10, 1.0, 0.0), ([[1]], 10, 1.0, 1.1), ([[1]], 0, 1.0, 1.0),
+                                             ([[1]], 10, float("nan"), 1.0), ([[1]], 10, float("inf"), 1.0)):
         with pytest.raises(ValueError):
             sampler.generate(prompts, 1, new, temperature, g, top_p)
     with pytest.raises(ValueError):

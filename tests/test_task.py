@@ -1,10 +1,11 @@
 """task.py against brute force: every verdict, the splits, the template, the tokenizer."""
 
+import hashlib
 import itertools
 import random
 from fractions import Fraction
 
-from task import Countdown, Problem, apply_operator, countdown_solved, countdown_tokenizer, load_task, reachable
+from task import Countdown, Problem, apply_operator, chains, countdown_solved, countdown_tokenizer, load_task
 
 SOLUTION = "7 * 8 = 56 / 1 = 56 + 7 = 63 vs 23 wait 1 + 8 = 9 + 7 = 16 + 7 = 23 vs 23 so"
 
@@ -51,6 +52,7 @@ def test_hand_written_verdicts():
         "1 + 8 = 9 + 7 = 16 + 7 = 23 wait so": False,                       # commits to an empty attempt
         "1 + 8 = 09 + 7 = 16 + 7 = 23 so": False,
         "1 + 8 = ٩ + 7 = 16 + 7 = 23 so": False,                            # int() would read this as 9
+        "8 + 8 = 16 - 1 = 15 + 8 = 23 so": False,                           # the same set of numbers but not as often
         "7 * 7 = 49 so": False, "so": False, "": False, "wait": False,
     }
     for response, verdict in table.items():
@@ -97,10 +99,17 @@ def test_every_enumerated_solution_is_accepted():
         assert solutions and all(countdown_solved(numbers, target, s + " so") for s in solutions)
 
 
-def test_reachable_equals_enumeration():
-    for numbers in ((1, 2, 3), (9, 9, 9), (2, 5, 7, 8), (1, 1, 1, 1)):
-        found = reachable(numbers)
-        assert found == {t for t in range(100) if all_solutions(numbers, t)}
+def test_the_same_numbers_as_often():
+    """8 + 7 + 1 + 1 = 17 has every number of 7 7 1 8 in it, and no other, but not each as often."""
+    assert not countdown_solved([7, 7, 1, 8], 17, "8 + 7 = 15 + 1 = 16 + 1 = 17 so")
+    assert countdown_solved([7, 1, 1, 8], 17, "8 + 7 = 15 + 1 = 16 + 1 = 17 so")
+
+
+def test_chains_equal_enumeration():
+    for numbers in ((1, 2, 3), (9, 9, 9), (2, 5, 7, 8), (1, 7, 7, 8), (1, 1, 1, 1)):
+        found = chains(numbers)
+        assert {t: n for t, n in found.items() if n} == {
+            t: n for t in range(100) if (n := sum("vs" not in text for text in all_solutions(numbers, t)))}
 
 
 def test_splits_are_disjoint_in_any_order_of_the_numbers_and_complete():
@@ -109,17 +118,18 @@ def test_splits_are_disjoint_in_any_order_of_the_numbers_and_complete():
     splits = [{key(p) for p in part} for part in (task.train, task.validation, task.test)]
     assert sum(map(len, splits)) == len(splits[0] | splits[1] | splits[2])
     assert [len(part) for part in (task.train, task.validation, task.test)] == [len(s) for s in splits]
-    assert min(map(len, splits)) >= 800
-    everything = sum(len(reachable(n) & set(range(10, 100)))
-                     for n in itertools.combinations_with_replacement(range(1, 10), 4))
-    assert sum(map(len, splits)) == everything
+    assert min(map(len, splits)) >= 400
+    solvable = [chains(numbers) for numbers in itertools.combinations_with_replacement(range(1, 10), 4)]
+    assert sum(map(len, splits)) == sum(found[t] >= 3 for found in solvable for t in range(10, 100))
 
 
 def test_splits_are_fixed():
     """The problems that figures are quoted on must never change silently."""
     task = load_task("countdown")
-    assert (len(task.train), len(task.validation), len(task.test)) == (15372, 857, 831)
-    assert task.validation[0] == Problem("4 1 7 4 -> 25 ?", "25") and task.test[0] == Countdown().test[0]
+    assert (len(task.train), len(task.validation), len(task.test)) == (9247, 509, 487)
+    assert task.validation[0] == Problem("4 1 7 4 -> 25 ?", "25") and task.test[0] == Problem("2 2 9 3 -> 17 ?", "17")
+    text = "\n".join(p.prompt for part in (task.train, task.validation, task.test) for p in part)
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "f51114eecef68a14"
 
 
 def test_template_tokenizer_and_reward():

@@ -52,9 +52,9 @@ def test_gradient_equals_a_slow_loop_for_any_split_with_or_without_zero_advantag
     with torch.no_grad():
         reference.model.embed_tokens.weight[0] *= 3
     episodes = make_episodes(load(str(folder))[0])
-    temperature, alpha, kappa = 0.9, 0.4, 2.0
+    temperature, alpha, kappa, low, high = 0.9, 0.3, 3.0, 0.15, 0.35
     tokens = sum(len(e.response) for e in episodes)
-    loss, clipped = 0.0, 0
+    loss, clipped, shaping, gap_max = 0.0, 0, 0.0, 0.0
     for e, a in zip(episodes, MIXED.tolist()):
         z = reference(torch.cat((e.prompt, e.response))[None]).logits[0, len(e.prompt) - 1:-1] / temperature
         for t, token in enumerate(e.response):              # every response token, the end token included
@@ -62,8 +62,11 @@ def test_gradient_equals_a_slow_loop_for_any_split_with_or_without_zero_advantag
             h = -float((logp.exp() * logp).sum().detach())
             shaped = a + min(alpha * h, abs(a) / kappa)
             ratio = (logp[token] - e.logp[t].double()).exp()
-            clipped += not 0.8 < float(ratio.detach()) < 1.28
-            loss = loss - torch.min(ratio * shaped, ratio.clamp(0.8, 1.28) * shaped) / tokens
+            clipped += not 1 - low < float(ratio.detach()) < 1 + high
+            loss = loss - torch.min(ratio * shaped, ratio.clamp(1 - low, 1 + high) * shaped) / tokens
+            if a != 0:
+                shaping += (shaped - a) / abs(a)
+                gap_max = max(gap_max, abs(math.log(float(ratio.detach()))))
     loss.backward()
     assert clipped > 10
     want = {name.removeprefix("model."): p.grad for name, p in reference.named_parameters()}
@@ -73,12 +76,33 @@ def test_gradient_equals_a_slow_loop_for_any_split_with_or_without_zero_advantag
         for skip_zero in (True, False):
             for chunk in (5, 2048):
                 got, statistics = gradient(folder, make_episodes, MIXED, micro_tokens=micro_tokens, chunk=chunk,
-                                           skip_zero=skip_zero, temperature=temperature, alpha=alpha, kappa=kappa)
+                                           skip_zero=skip_zero, temperature=temperature, alpha=alpha, kappa=kappa,
+                                           clip_low=low, clip_high=high)
                 for name in want:
                     assert (got[name] - want[name]).abs().max() <= 1e-5 * size, (name, micro_tokens, skip_zero)
                 assert statistics["loss"] == pytest.approx(loss.item(), abs=1e-5)
                 live = [e for e, a in zip(episodes, MIXED) if a != 0 or not skip_zero]
                 assert statistics["tokens"] == sum(len(e.response) for e in live)
+                assert statistics["shaping"] == pytest.approx(shaping, rel=1e-4)
+                assert statistics["gap_max"] >= gap_max - 1e-4 and (not skip_zero or statistics["gap_max"] < gap_max + 1e-4)
+
+
+def test_the_gradient_is_clipped_and_a_bad_one_stops_the_run(qwen2):
+    folder, _ = qwen2()
+    model, _ = load(str(folder))
+    episodes = make_episodes(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    statistics = update(model, torch.optim.SGD(model.parameters(), 1.0), episodes, MIXED, Settings(grad_clip=1e-3))
+    moved = math.sqrt(sum(float(((p - b) ** 2).sum()) for p, b in zip(model.parameters(), before)))
+    assert moved == pytest.approx(1e-3, rel=0.02) and statistics["grad_norm"] > 0.1
+    with torch.no_grad():
+        model.norm.weight[0] = math.nan
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        update(model, torch.optim.SGD(model.parameters(), 1.0), episodes, MIXED, Settings())
+    assert all(torch.equal(p, b) for p, b in zip(list(model.parameters())[:-1], before[:-1]))     # no step was taken
 
 
 def test_micro_batches_hold_everything_once_within_the_budget():
@@ -146,6 +170,65 @@ def test_statistics_of_a_step_are_those_of_its_updates():
         "step": 3, "reward": 0.0, "length": 3.0, "finished": 0.5, "entropy": 0.5, "equal_groups": 0.0, "shaping": 1 / 8,
         "clip_low": 0.0, "clip_high": 2 / 8, "kl": 0.4 / 8, "loss": -0.25, "gap_mean": 0.2, "gap_max": 0.3,
         "grad_norm": 1.5, "tokens": 6})
+    nothing = summary(3, e, torch.tensor([1.0, 1.0]), torch.zeros(2), [train.Counter(), updates[1]], Settings(samples=2))
+    assert nothing["gap_mean"] is nothing["gap_max"] is None and nothing["equal_groups"] == 1.0     # not measured is not 0
+
+
+def test_the_wiring_of_the_loop(tmp_path, monkeypatch):
+    """Who gets what: every rollout, reward and update of three steps in bf16, at a temperature of their own, with
+    rewards that mix right and wrong in every group, recorded and compared with a slow computation."""
+    calls, rewards, autocast = {"generate": [], "update": []}, [], []
+    generate, original_update, original_score = Sampler.generate, train.update, train.score
+
+    def spy_generate(self, prompts, samples, max_new, temperature, generator, *rest):
+        assert torch.equal(self.decoder.norm.weight, self.model.norm.weight.bfloat16())     # never stale weights
+        episodes = generate(self, prompts, samples, max_new, temperature, generator, *rest)
+        calls["generate"].append((prompts, samples, temperature, generator.initial_seed(), episodes))
+        return episodes
+
+    def spy_update(model, optimizer, episodes, advantage, s):
+        calls["update"].append((episodes, advantage.clone(), optimizer.defaults))
+        return original_update(model, optimizer, episodes, advantage, s)
+
+    def spy_score(*arguments):
+        autocast.append((torch.is_autocast_enabled("cpu"), arguments[4]))
+        return original_score(*arguments)
+
+    def fake_reward(self, problem, response, finished):
+        rewards.append((problem.prompt, response, finished))
+        return 1.0 if len(rewards) % 3 == 0 else -1.0
+
+    monkeypatch.setattr(Sampler, "generate", spy_generate)
+    monkeypatch.setattr(train, "update", spy_update)
+    monkeypatch.setattr(train, "score", spy_score)
+    monkeypatch.setattr(type(train.load_task("countdown")), "reward", fake_reward)
+    s = Settings(out=str(tmp_path), name="a", **(SMALL | dict(steps=3, samples=3, temperature=0.8, dtype="bfloat16",
+                                                             weight_decay=0.3, lr=1e-2, max_new_tokens=20)))
+    train.train(s)
+    rollouts = [c for c in calls["generate"] if len(c[0]) == s.prompts and c[1] == s.samples]
+    assert len(rollouts) == 3 and all(c[2] == 0.8 for c in calls["generate"])
+    assert len({c[3] for c in calls["generate"]}) == len(calls["generate"])     # every call has a stream of its own
+    task, tokenizer = train.load_task("countdown"), load("base")[1]
+    graded = 5 * 4                                                              # the validation of the base comes first
+    for step, (prompts, _, _, seed, episodes) in enumerate(rollouts):
+        problems = draw(task.train, 4, step, 0)
+        assert prompts == [task.encode(p, tokenizer) for p in problems]
+        assert seed == seeded_generator(0, step + 1, "rollout").initial_seed()
+        mine = rewards[graded:graded + 12]
+        assert [m[0] for m in mine] == [p.prompt for p in problems for _ in range(3)]
+        assert [m[2] for m in mine] == [e.finished for e in episodes] and not all(m[2] for m in mine)
+        values = [1.0 if i % 3 == 0 else -1.0 for i in range(graded + 1, graded + 13)]
+        for half in range(2):
+            got, advantage, defaults = calls["update"][2 * step + half]
+            assert all(a is b for a, b in zip(got, episodes[6 * half:6 * half + 6], strict=True))
+            want = []
+            for group in (values[6 * half:][:3], values[6 * half:][3:6]):       # one right of three, mean -1/3
+                assert sorted(group) == [-1.0, -1.0, 1.0]
+                want += [(v + 1 / 3) / (math.sqrt(4 / 3) + 1e-6) for v in group]
+            assert advantage.tolist() == pytest.approx(want, abs=1e-5)
+            assert defaults["weight_decay"] == 0.3 and defaults["lr"] == 1e-2
+        graded += 12
+    assert set(autocast) == {(True, 0.8)}
 
 
 SMALL = dict(steps=2, prompts=4, samples=4, minibatch=2, eval_problems=5, eval_samples=2, final_samples=4, slots=8)
@@ -158,7 +241,7 @@ def run(tmp_path, name, **changes):
 
 
 def test_a_run_leaves_what_it_says(tmp_path, capsys):
-    folder, lines = run(tmp_path, "a")
+    folder, lines = run(tmp_path, "a", skip_zero=False)                     # so that every step scores something
     printed = capsys.readouterr().out
     assert "trained - base" in printed and str(folder) in printed and "Pass@4" in printed
     assert [line["step"] for line in lines] == [1, 2]
@@ -169,7 +252,13 @@ def test_a_run_leaves_what_it_says(tmp_path, capsys):
         assert {"reward", "finished", "shaping", "equal_groups", "clip_low", "clip_high", "kl", "grad_norm", "rollout_s",
                 "rollout_tokens_per_s", "update_tokens_per_s", "peak_memory_gb", "seconds"} <= set(line)
     assert json.loads((folder / "config.json").read_text())["alpha"] == 0.4
-    assert len(json.loads((folder / "validation.json").read_text())["models"]["trained"]["solved"]) == 5
+    models = json.loads((folder / "validation.json").read_text())["models"]
+    for name, path in (("base", "base"), ("trained", str(folder))):             # each row is of its own model
+        model, tokenizer = load(path)
+        task, step = train.load_task("countdown"), 2 if name == "trained" else 0
+        sampler = Sampler(model, 8, 135, model.eos_ids)
+        fresh = train.count_solved(sampler, tokenizer, task, task.validation[:5], 4, 128, 1.0, 1.0, 0, step)
+        assert models[name]["solved"] == fresh["solved"] and models[name]["tokens"] == fresh["tokens"]
     trained, base = load(str(folder))[0], load("base")[0]                   # the run's folder is a model folder
     assert any(not torch.equal(p, q) for p, q in zip(trained.parameters(), base.parameters()))
     assert max(float((p - q).abs().max()) for p, q in zip(trained.parameters(), base.parameters())) < 0.01
@@ -186,7 +275,7 @@ def test_the_same_seed_gives_the_same_weights_and_evaluation_does_not_disturb_th
 
 
 def test_bf16_compute_keeps_fp32_weights_and_stays_close(tmp_path):
-    folder, lines = run(tmp_path, "bf16", dtype="bfloat16", lr=1e-6, samples=8)
+    folder, lines = run(tmp_path, "bf16", dtype="bfloat16", lr=1e-6, samples=8, skip_zero=False)
     assert 1e-5 < lines[0]["gap_mean"] <= 0.02                              # bf16 was used, and is close
     trained, base = load(str(folder))[0], load("base")[0]
     moved = torch.cat([(p - q).abs().flatten() for p, q in zip(trained.parameters(), base.parameters())])
@@ -202,7 +291,7 @@ def test_train_never_touches_the_test_problems(tmp_path, monkeypatch):
 def test_run_names_tell_every_setting_that_differs():
     assert run_name(Settings()) == "grpo"
     assert run_name(Settings(alpha=0.0, lr=1e-3, seed=2)) == "grpo-lr=0.001-alpha=0.0-seed=2"
-    assert "/" not in run_name(Settings(model="a/b"))
+    assert "/" not in run_name(Settings(model="a/b")) and run_name(Settings(model="a/b")) != run_name(Settings(model="a_b"))
 
 
 def command(monkeypatch, script, *arguments):
@@ -214,12 +303,14 @@ def command(monkeypatch, script, *arguments):
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    ("--alpha -0.1", "--alpha must be at least 0; it is -0.1"), ("--alpha nan", "--alpha must be"),
-    ("--kappa 1", "--kappa must be greater than 1"), ("--kappa inf", "--kappa must be"),
-    ("--samples 1", "a group of one has no baseline"), ("--minibatch 5", "--minibatch must be a divisor of --prompts"),
+    ("--alpha -0.1", "--alpha must be finite and at least 0; it is -0.1"), ("--alpha nan", "--alpha must be"),
+    ("--kappa 1", "--kappa must be finite and greater than 1"), ("--kappa inf", "--kappa must be"),
+    ("--samples 1", "a group of one has no baseline"), ("--minibatch 5", "--minibatch must be finite and a divisor of --prompts"),
     ("--minibatch 0", "--minibatch"), ("--clip-low 1.5", "--clip-low"), ("--temperature 0", "--temperature"),
     ("--steps -1", "--steps"), ("--prompts 0", "--prompts"), ("--model ./nowhere", "there is no model folder ./nowhere"),
-    ("--task chess", "unknown task 'chess'"), ("--device cuda:99", "cannot be used here")])
+    ("--task chess", "unknown task 'chess'"), ("--device cuda:99", "cannot be used here"),
+    ("--device meta", "only cpu and cuda"), ("--device nonsense", "cannot be used here"),
+    ("--grad-clip inf", "--grad-clip must be finite and positive"), ("--max-new-tokens 0", "--max-new-tokens")])
 def test_bad_flags_give_one_clear_sentence(monkeypatch, tmp_path, flags, sentence):
     message = command(monkeypatch, "train.py", *flags.split(), "--out", str(tmp_path / "runs"))
     assert isinstance(message, str) and message.startswith("train.py: ") and sentence in message    # a string exits with 1
@@ -250,6 +341,22 @@ def test_an_existing_run_is_not_overwritten(monkeypatch, tmp_path):
     message = command(monkeypatch, "train.py", "--out", str(tmp_path), "--name", "grpo")
     assert "exists" in message and "--overwrite" in message
     assert (tmp_path / "grpo" / "log.jsonl").read_text() == "precious"
+
+
+def test_overwrite_replaces_runs_and_nothing_else(monkeypatch, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("precious")
+    tried = {"thesis": "is not a run folder", ".": "not a path", "..": "not a path", "a/b": "not a path",
+             str(tmp_path / "thesis"): "not a path"}
+    for name, sentence in tried.items():
+        message = command(monkeypatch, "train.py", "--out", str(tmp_path), "--name", name, "--overwrite")
+        assert sentence in message and (tmp_path / "thesis" / "chapter.tex").read_text() == "precious"
+    folder, _ = run(tmp_path, "a", steps=1)
+    for model in (folder, folder / "model"):
+        message = command(monkeypatch, "train.py", "--out", str(tmp_path), "--name", "a", "--overwrite", "--model", str(model))
+        assert "would delete" in message and (folder / "model" / "config.json").exists()
+    folder, lines = run(tmp_path, "a", overwrite=True)
+    assert len(lines) == 2                                                  # of the new run alone
 
 
 def test_a_run_folder_that_cannot_be_made(monkeypatch, tmp_path):
