@@ -177,7 +177,7 @@ def train(s: Settings) -> Path:
                             s.seed, step, progress)
 
     results = {"base": validate(0, s.final_samples, "validation, base")}
-    bar = tqdm(range(1, s.steps + 1), desc=run.name, unit="step")
+    bar = tqdm(range(1, s.steps + 1), desc=run.name, unit="step", disable=None)     # None: only on a terminal
     for step in bar:
         started = time.perf_counter()
         # sample

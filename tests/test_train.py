@@ -4,6 +4,7 @@ import json
 import math
 import runpy
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -38,9 +39,8 @@ def gradient(folder, episodes_of, advantage, **changes):
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     before = [p.detach().clone() for p in model.parameters()]
-    statistics = update(model, torch.optim.SGD(model.parameters(), 1.0), episodes, advantage,
-                        Settings(grad_clip=1e9, **changes))
-    return {name: b - p.detach() for (name, p), b in zip(model.named_parameters(), before)}, statistics
+    sums = update(model, torch.optim.SGD(model.parameters(), 1.0), episodes, advantage, Settings(grad_clip=1e9, **changes))
+    return {name: b - p.detach() for (name, p), b in zip(model.named_parameters(), before)}, sums
 
 
 MIXED = torch.tensor([1.5, -0.5, -0.5, -0.5, 0, 0, 0, 0, 0.87, 0.87, -0.87, -0.87])
@@ -75,16 +75,16 @@ def test_gradient_equals_a_slow_loop_for_any_split_with_or_without_zero_advantag
     for micro_tokens in (1, 150, 10_000):
         for skip_zero in (True, False):
             for chunk in (5, 2048):
-                got, statistics = gradient(folder, make_episodes, MIXED, micro_tokens=micro_tokens, chunk=chunk,
+                got, sums = gradient(folder, make_episodes, MIXED, micro_tokens=micro_tokens, chunk=chunk,
                                            skip_zero=skip_zero, temperature=temperature, alpha=alpha, kappa=kappa,
                                            clip_low=low, clip_high=high)
                 for name in want:
                     assert (got[name] - want[name]).abs().max() <= 1e-5 * size, (name, micro_tokens, skip_zero)
-                assert statistics["loss"] == pytest.approx(loss.item(), abs=1e-5)
+                assert sums["loss"] == pytest.approx(loss.item(), abs=1e-5)
                 live = [e for e, a in zip(episodes, MIXED) if a != 0 or not skip_zero]
-                assert statistics["tokens"] == sum(len(e.response) for e in live)
-                assert statistics["shaping"] == pytest.approx(shaping, rel=1e-4)
-                assert statistics["gap_max"] >= gap_max - 1e-4 and (not skip_zero or statistics["gap_max"] < gap_max + 1e-4)
+                assert sums["tokens"] == sum(len(e.response) for e in live)
+                assert sums["shaping"] == pytest.approx(shaping, rel=1e-4)
+                assert sums["gap_max"] >= gap_max - 1e-4 and (not skip_zero or sums["gap_max"] < gap_max + 1e-4)
 
 
 def test_the_gradient_is_clipped_and_a_bad_one_stops_the_run(qwen2):
@@ -94,9 +94,9 @@ def test_the_gradient_is_clipped_and_a_bad_one_stops_the_run(qwen2):
     before = [p.detach().clone() for p in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    statistics = update(model, torch.optim.SGD(model.parameters(), 1.0), episodes, MIXED, Settings(grad_clip=1e-3))
+    sums = update(model, torch.optim.SGD(model.parameters(), 1.0), episodes, MIXED, Settings(grad_clip=1e-3))
     moved = math.sqrt(sum(float(((p - b) ** 2).sum()) for p, b in zip(model.parameters(), before)))
-    assert moved == pytest.approx(1e-3, rel=0.02) and statistics["grad_norm"] > 0.1
+    assert moved == pytest.approx(1e-3, rel=0.02) and sums["grad_norm"] > 0.1
     with torch.no_grad():
         model.norm.weight[0] = math.nan
     before = [p.detach().clone() for p in model.parameters()]
@@ -127,12 +127,12 @@ def test_an_update_without_live_sequences_still_steps(qwen2):
     for advantage in (MIXED, torch.zeros(12), torch.zeros(12)):
         recorded = []
         handle = mine.register_step_pre_hook(lambda *_: recorded.extend(p.grad.clone() for p in model.parameters()))
-        statistics = update(model, mine, episodes, advantage, Settings())
+        sums = update(model, mine, episodes, advantage, Settings())
         handle.remove()
         for parameter, grad in zip(reference, recorded):
             parameter.grad = grad
         theirs.step()
-        assert (statistics["tokens"] > 0) == bool(advantage.any()) == (statistics["grad_norm"] > 0)
+        assert (sums["tokens"] > 0) == bool(advantage.any()) == (sums["grad_norm"] > 0)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), reference))
 
 
@@ -178,6 +178,7 @@ def test_the_wiring_of_the_loop(tmp_path, monkeypatch):
     """Who gets what: every rollout, reward and update of three steps in bf16, at a temperature of their own, with
     rewards that mix right and wrong in every group, recorded and compared with a slow computation."""
     calls, rewards, autocast = {"generate": [], "update": []}, [], []
+    right = lambda n: 1.0 if (7 * n * n + 3 * n) % 11 < 5 else -1.0         # no period that a wrong grouping could share
     generate, original_update, original_score = Sampler.generate, train.update, train.score
 
     def spy_generate(self, prompts, samples, max_new, temperature, generator, *rest):
@@ -196,7 +197,7 @@ def test_the_wiring_of_the_loop(tmp_path, monkeypatch):
 
     def fake_reward(self, problem, response, finished):
         rewards.append((problem.prompt, response, finished))
-        return 1.0 if len(rewards) % 3 == 0 else -1.0
+        return right(len(rewards) - 1)
 
     monkeypatch.setattr(Sampler, "generate", spy_generate)
     monkeypatch.setattr(train, "update", spy_update)
@@ -217,14 +218,14 @@ def test_the_wiring_of_the_loop(tmp_path, monkeypatch):
         mine = rewards[graded:graded + 12]
         assert [m[0] for m in mine] == [p.prompt for p in problems for _ in range(3)]
         assert [m[2] for m in mine] == [e.finished for e in episodes] and not all(m[2] for m in mine)
-        values = [1.0 if i % 3 == 0 else -1.0 for i in range(graded + 1, graded + 13)]
+        values = [right(n) for n in range(graded, graded + 12)]
         for half in range(2):
             got, advantage, defaults = calls["update"][2 * step + half]
             assert all(a is b for a, b in zip(got, episodes[6 * half:6 * half + 6], strict=True))
             want = []
-            for group in (values[6 * half:][:3], values[6 * half:][3:6]):       # one right of three, mean -1/3
-                assert sorted(group) == [-1.0, -1.0, 1.0]
-                want += [(v + 1 / 3) / (math.sqrt(4 / 3) + 1e-6) for v in group]
+            for group in (values[6 * half:][:3], values[6 * half:][3:6]):
+                spread = statistics.stdev(group)
+                want += [(v - statistics.mean(group)) / (spread + 1e-6) if spread else 0.0 for v in group]
             assert advantage.tolist() == pytest.approx(want, abs=1e-5)
             assert defaults["weight_decay"] == 0.3 and defaults["lr"] == 1e-2
         graded += 12
