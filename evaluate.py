@@ -148,7 +148,7 @@ class Settings:
     top_p: float = flag(1.0, "nucleus sampling; 1 samples the whole distribution")
     preset: str = flag("", "paper: temperature 0.6 and top-p 0.95", choices=("", "paper"))
     max_new_tokens: int = flag(128, "longest response, in tokens")
-    slots: int = flag(256, "sequences decoded at a time")
+    slots: int = flag(512, "sequences decoded at a time")
     seed: int = flag(0, "seed of the samples")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
     json: str = flag("", "also write the table, with the counts of every problem, to this file")

@@ -53,7 +53,7 @@ class Settings:
     clip_high: float = flag(0.28, "the ratio counts up to 1 + clip_high (clip-higher)")
     temperature: float = flag(1.0, "of sampling and of scoring alike")
     max_new_tokens: int = flag(128, "longest response, in tokens")
-    slots: int = flag(256, "sequences decoded at a time")
+    slots: int = flag(512, "sequences decoded at a time")
     micro_tokens: int = flag(4096, "tokens, with padding, in one forward and backward pass")
     chunk: int = flag(2048, "response tokens whose logits exist at a time")
     skip_zero: bool = flag(True, "leave sequences with zero advantage out of the forward pass (exact)")
