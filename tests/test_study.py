@@ -5,7 +5,13 @@ import json
 
 import pytest
 
-from lab.study import ARMS, BEHAVIOUR, key, read, tables
+import torch
+
+import lab.study
+from evaluate import parse_flags
+from lab.study import ARMS, BEHAVIOUR, Settings, key, measure, read, study, tables
+from train import Settings as TrainSettings
+from train import check
 
 
 def save(folder, arm, seed, solved):
@@ -26,6 +32,42 @@ def test_tables_by_hand(tmp_path):
     # Differences 0, 0.25 and 0.5: mean 0.25, standard deviation 0.25; t(2) = 4.303, so +- 4.303 * 0.25 / sqrt(3).
     assert lines[6].startswith("| difference, interval over 3 seeds | +0.250 [-0.371, +0.871] |")
     assert any(line.startswith("| GRPO + entropy advantage, seed 2 | 0.750 |") for line in lines)
+
+
+def test_measure_counts_what_the_model_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(lab.study, "PROBLEMS", 3)
+    monkeypatch.setattr(lab.study, "SAMPLES", 4)
+    threads = torch.get_num_threads()
+    for _ in range(2):
+        measure("base", tmp_path / "base-0.json.gz")
+        torch.set_num_threads(threads)
+        [record] = read(tmp_path, "base")
+        assert len(record["solved"]) == 3 and record["samples"] == 4 and set(BEHAVIOUR) <= set(record)
+        assert 1 < record["attempts per response"] < 9 and record["tokens per response"] > 14
+    assert [p.name for p in tmp_path.iterdir()] == ["base-0.json.gz"]
+
+
+def test_a_study_does_what_is_left_and_trains_every_arm_by_its_flags(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(lab.study.subprocess, "run", lambda command, **options: commands.append((command[1:], options)))
+    s = Settings(seeds=2, runs=str(tmp_path / "runs"), results=str(tmp_path / "results"), processes=1)
+    save_to = tmp_path / "results"
+    save_to.mkdir()
+    save(save_to, "GRPO", 0, [1])                                           # measured already
+    done = tmp_path / "runs" / "grpo-1"
+    done.mkdir(parents=True)
+    (done / "validation.json").write_text("{}")                             # trained already
+    study(s)
+    assert all(options["env"]["OMP_NUM_THREADS"] == "1" and options["check"] for _, options in commands)
+    lines = [" ".join(command) for command, _ in commands]
+    trained = [line for line in lines if line.startswith("train.py")]
+    assert [line.split("--name ")[1] for line in trained] == [
+        "grpo-entropy-advantage-0 --overwrite --seed 0", "grpo-entropy-advantage-1 --overwrite --seed 1"]
+    measured = [line.split("--to ")[1].removeprefix(str(save_to) + "/") for line in lines if "--measure" in line]
+    assert measured == ["base-0.json.gz", "grpo-entropy-advantage-0.json.gz", "grpo-1.json.gz", "grpo-entropy-advantage-1.json.gz"]
+    for command in trained:
+        check(parse_flags(TrainSettings, "train", command.split()[1:]))
+    assert ARMS["GRPO"] == ["--alpha", "0"] and parse_flags(TrainSettings, "train", ARMS["GRPO"]).alpha == 0
 
 
 def test_arms_have_file_names_that_do_not_collide():
