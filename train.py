@@ -75,10 +75,10 @@ def check(s: Settings) -> None:
             ("minibatch", 1 <= s.minibatch <= s.prompts and s.prompts % s.minibatch == 0, "a divisor of --prompts"),
             ("clip_low", 0 <= s.clip_low < 1, "in [0, 1)"), ("clip_high", s.clip_high >= 0, "at least 0"),
             ("lr", s.lr >= 0, "at least 0"), ("weight_decay", s.weight_decay >= 0, "at least 0"),
-            ("temperature", s.temperature > 0, "positive"), ("grad_clip", s.grad_clip > 0, "positive"),
+            ("temperature", 1e-3 <= s.temperature <= 1e3, "from 0.001 to 1000"), ("grad_clip", s.grad_clip > 0, "positive"),
             *((name, getattr(s, name) >= 1, "at least 1") for name in (
                 "prompts", "max_new_tokens", "slots", "micro_tokens", "chunk", "eval_every", "eval_problems",
-                "eval_samples", "final_samples")), ("steps", s.steps >= 0, "at least 0"), ("seed", s.seed >= 0, "at least 0")):
+                "eval_samples", "final_samples", "steps")), ("seed", s.seed >= 0, "at least 0")):
         value = getattr(s, name)
         if not good or value != value or value in (math.inf, -math.inf):
             raise ValueError(f"--{name.replace('_', '-')} must be finite and {wanted}; it is {value}")
@@ -207,17 +207,17 @@ def train(s: Settings) -> Path:
         line |= {"rollout_s": rolled_out - started, "reward_s": rewarded - rolled_out, "update_s": updated - rewarded,
                  "rollout_tokens_per_s": line["tokens"] / (rolled_out - started),
                  "update_tokens_per_s": line["tokens"] / (updated - rewarded), "peak_memory_gb": peak_memory(device)}
-        if step % s.eval_every == 0 and step < s.steps:
-            solved = validate(step, s.eval_samples)["solved"]
-            line["validation_pass@1"] = sum(solved) / (len(solved) * s.eval_samples)
+        if step % s.eval_every == 0 or step == s.steps:
             save(model, tokenizer, run / "model")
         if step == s.steps:
             results["trained"] = validate(step, s.final_samples, "validation, trained")
+        elif step % s.eval_every == 0:
+            solved = validate(step, s.eval_samples)["solved"]
+            line["validation_pass@1"] = sum(solved) / (len(solved) * s.eval_samples)
         line["seconds"] = time.perf_counter() - started
         with open(run / "log.jsonl", "a") as log:
             log.write(json.dumps(line) + "\n")
         bar.set_postfix(reward=f"{line['reward']:+.2f}", entropy=f"{line['entropy']:.2f}", length=f"{line['length']:.0f}")
-    save(model, tokenizer, run / "model")
 
     table, record = report(results, [k for k in (1, 4, 16, 64, 256) if k <= s.final_samples])
     (run / "validation.json").write_text(json.dumps(record) + "\n")
