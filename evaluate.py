@@ -1,12 +1,13 @@
-"""Pass@K with intervals: `python evaluate.py base runs/grpo --split test`. Read last of the root files.
+"""Pass@K with intervals: `python evaluate.py base runs/grpo`. Read last of the root files.
 
 Pass@K is the chance that at least one of K answers to a problem is right. From n samples of which c are
 right, its unbiased estimate is 1 - C(n-c, K) / C(n, K): the share of all K-subsets that contain a right one.
 Taking the first K samples has the same mean and far more noise; drawing K with replacement is biased.
 
 The intervals are 95 % bootstrap intervals over problems, so they say what other problems of the kind would
-give, not what another training seed would. Models are compared on the same problems, pair by pair, and with the
-same random numbers, so that a model and its copy differ by exactly 0.
+give, not what another training seed would. Models are compared on the same problems, pair by pair; here also with
+the same random numbers, so that a model and its copy differ by exactly 0 (train.py's two evaluations have different
+ones, so that equal weights would differ by noise there).
 
 Departs from the paper: it samples at T = 0.6, top-p 0.95 (here `--preset paper`) and gives no intervals. The
 default here is T = 1 without truncation, the distribution that was trained.
@@ -27,7 +28,7 @@ from typing import Callable, Sequence
 import numpy as np
 import torch
 
-from model import Transformer, load
+from model import find_folder, load
 from rollout import Episode, Sampler, seeded_generator, texts
 from task import Problem, load_task
 
@@ -140,10 +141,10 @@ class Settings:
     models: tuple = flag((), "model folders, run folders or hub ids; the first is what the others are compared with",
                          nargs="+", type=str)
     task: str = flag("countdown", "the task")
-    split: str = flag("test", "problems to use", choices=("train", "validation", "test"))
+    split: str = flag("validation", "problems to use; keep test for the day when the settings are frozen", choices=("train", "validation", "test"))
     problems: int = flag(200, "how many problems, from the start of the split (0: all)")
     samples: int = flag(256, "samples per problem, the n of Pass@K")
-    k: str = flag("1,4,16,64,256", "the K of Pass@K, separated by commas")
+    k: str = flag("", "the K of Pass@K, separated by commas; by default 1,4,16,64,256 as far as --samples goes")
     temperature: float = flag(1.0, "sampling temperature")
     top_p: float = flag(1.0, "nucleus sampling; 1 samples the whole distribution")
     preset: str = flag("", "paper: temperature 0.6 and top-p 0.95", choices=("", "paper"))
@@ -159,13 +160,17 @@ def evaluate(s: Settings) -> dict:
     if s.preset == "paper":
         s = dataclasses.replace(s, temperature=0.6, top_p=0.95)
     try:
-        ks = sorted({int(k) for k in s.k.split(",")})
+        ks = sorted({int(k) for k in s.k.split(",")}) if s.k else [k for k in (1, 4, 16, 64, 256) if k <= s.samples] or [1]
     except ValueError:
         raise ValueError(f"--k must be whole numbers separated by commas, not {s.k!r}") from None
     if s.samples < 1 or ks[0] < 1 or ks[-1] > s.samples:
-        raise ValueError(f"Pass@K needs 1 <= K <= samples: --k {s.k} does not fit --samples {s.samples}")
+        raise ValueError(f"Pass@K needs 1 <= K <= samples: --k {s.k or ks[0]} does not fit --samples {s.samples}")
     if min(s.problems, s.seed) < 0 or min(s.slots, s.max_new_tokens) < 1:
         raise ValueError("--problems and --seed must be at least 0, --slots and --max-new-tokens at least 1")
+    for name in s.models:
+        find_folder(name)                       # before the first is sampled
+    if not Path(s.json).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--json {s.json} names a folder that does not exist")
     task, device = load_task(s.task), pick_device(s.device)
     problems = getattr(task, s.split)[:s.problems or None]
     results = {}

@@ -131,13 +131,13 @@ class Transformer(nn.Module):
         """[vocabulary, width]"""
         return self.embed_tokens.weight if self.config.get("tie_word_embeddings", False) else self.lm_head.weight
 
-    def new_cache(self, rows: int, length: int, dtype: torch.dtype | None = None) -> Tensor:
+    def new_cache(self, rows: int, length: int) -> Tensor:
         """Keys and values: [layers, 2, rows, kv_heads, length, head_dim]. Zeros, not empty: masked positions
         are multiplied by a weight of 0, and 0 * nan is nan."""
         c = self.config
         return torch.zeros(c["num_hidden_layers"], 2, rows, c["num_key_value_heads"], length,
                            c["hidden_size"] // c["num_attention_heads"],
-                           dtype=dtype or self.embed_tokens.weight.dtype, device=self.embed_tokens.weight.device)
+                           dtype=self.head.dtype, device=self.head.device)
 
     def forward(self, tokens: Tensor, position: Tensor, cache: Tensor | None = None) -> Tensor:
         """tokens, position [B, T] -> hidden states after the last norm [B, T, width].
@@ -267,7 +267,7 @@ def find_folder(path_or_hub_id: str) -> Path:
         if not (folder / "config.json").exists():
             raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
         return folder
-    if path_or_hub_id.count("/") != 1 or path_or_hub_id.startswith(("/", ".", "~")):
+    if path_or_hub_id.count("/") != 1 or path_or_hub_id.startswith(("/", ".", "~")) or folder.parent.exists():
         raise FileNotFoundError(f"there is no model folder {path_or_hub_id}")
     from huggingface_hub import snapshot_download
     try:

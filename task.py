@@ -99,8 +99,7 @@ class Countdown:
     two splits in any order of its numbers; the order of each split, and of the numbers in each prompt, comes
     from the same hash, so the first 200 test problems are the same 200 everywhere.
 
-    Three solutions, because blind search almost never finds the only one: over all solvable problems the
-    embedded base model has Pass@1 0.047 and Pass@128 0.91, over these 0.064 and 0.98."""
+    Three solutions, because blind search almost never finds the only one."""
 
     def __init__(self, count: int = 4, solutions: int = 3) -> None:
         self.count, self.solutions = count, solutions

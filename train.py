@@ -72,7 +72,7 @@ def check(s: Settings) -> None:
     for name, good, wanted in (
             ("alpha", s.alpha >= 0, "at least 0"), ("kappa", s.kappa > 1, "greater than 1, or shaping could flip a sign"),
             ("samples", s.samples >= 2, "at least 2: a group of one has no baseline to compare with"),
-            ("minibatch", 1 <= s.minibatch <= s.prompts and s.prompts % s.minibatch == 0, "a divisor of --prompts"),
+            ("minibatch", s.minibatch >= 1 and s.prompts % s.minibatch == 0, f"a divisor of --prompts, {s.prompts}"),
             ("clip_low", 0 <= s.clip_low < 1, "in [0, 1)"), ("clip_high", s.clip_high >= 0, "at least 0"),
             ("lr", s.lr >= 0, "at least 0"), ("weight_decay", s.weight_decay >= 0, "at least 0"),
             ("temperature", 1e-3 <= s.temperature <= 1e3, "from 0.001 to 1000"), ("grad_clip", s.grad_clip > 0, "positive"),
@@ -80,8 +80,9 @@ def check(s: Settings) -> None:
                 "prompts", "max_new_tokens", "slots", "micro_tokens", "chunk", "eval_every", "eval_problems",
                 "eval_samples", "final_samples", "steps")), ("seed", s.seed >= 0, "at least 0")):
         value = getattr(s, name)
-        if not good or value != value or value in (math.inf, -math.inf):
-            raise ValueError(f"--{name.replace('_', '-')} must be finite and {wanted}; it is {value}")
+        if not good or not math.isfinite(value):
+            wanted = wanted if math.isfinite(value) else "a finite number"
+            raise ValueError(f"--{name.replace('_', '-')} must be {wanted}; it is {value}")
 
 
 def run_name(s: Settings) -> str:

@@ -1,5 +1,7 @@
-"""All arms, several seeds, one command: `python -m lab.study` trains, measures on the test problems once, and prints
-the tables of lab/RESULTS.md. `--tables` prints them again from the saved counts, without running anything.
+"""All arms, several seeds, one command: `python -m lab.study`.
+
+It trains, measures on the *test* problems once, and prints the tables (about two hours on two cores, so run it when
+the settings are frozen). `--tables` prints them again from the saved counts, without running anything.
 
 Each finished run leaves lab/results/ARM-SEED.json.gz: right answers per test problem and what the responses did. A
 run that has left its file is not done again, so an interrupted study goes on where it was; one whose training had
@@ -59,7 +61,7 @@ def measure(model_folder: str, target: Path) -> None:
     torch.set_num_threads(1)
     model, tokenizer = load(model_folder)
     behaviour, task = Behaviour(), Countdown()
-    result = count_solved(Sampler(model, 256, PROMPT + RESPONSE, model.eos_ids), tokenizer, task, task.test[:PROBLEMS],
+    result = count_solved(Sampler(model, 512, PROMPT + RESPONSE, model.eos_ids), tokenizer, task, task.test[:PROBLEMS],
                           SAMPLES, RESPONSE, 1.0, 1.0, seed=0, watch=behaviour.watch)
     fresh = target.with_suffix(".tmp")
     with gzip.GzipFile(fresh, "wb", mtime=0) as file:           # no time stamp: same counts, same bytes
@@ -71,7 +73,7 @@ def work(arm: str, seed: int, s: Settings) -> None:
     """Trains (unless it is the base, or done) and measures one run, each in a process of one thread."""
     target, folder = Path(s.results) / f"{key(arm, seed)}.json.gz", "base"
     run = lambda *command: subprocess.run([sys.executable, *command], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if arm in ARMS:
         folder = f"{s.runs}/{key(arm, seed)}"
         if not Path(folder, "validation.json").exists():        # the last thing that a finished run writes
@@ -80,13 +82,19 @@ def work(arm: str, seed: int, s: Settings) -> None:
 
 
 def study(s: Settings) -> None:
+    if not 1 <= s.seeds <= 10:
+        raise ValueError(f"--seeds must be 1 to 10; it is {s.seeds}")
     Path(s.results).mkdir(parents=True, exist_ok=True)
     todo = [("base", 0), *((arm, seed) for seed in range(s.seeds) for arm in ARMS)]
     todo = [job for job in todo if not Path(s.results, f"{key(*job)}.json.gz").exists()]
     with concurrent.futures.ThreadPoolExecutor(s.processes) as pool:
         futures = [pool.submit(work, *job, s) for job in todo]
-        for future in tqdm(concurrent.futures.as_completed(futures), total=len(futures), desc="study", unit="run"):
-            future.result()
+        try:
+            for future in tqdm(concurrent.futures.as_completed(futures), total=len(futures), desc="study", unit="run"):
+                future.result()
+        except BaseException:                                   # Ctrl-C or a failed run: start none of the others
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def read(results: Path, arm: str) -> list[dict]:
@@ -96,8 +104,10 @@ def read(results: Path, arm: str) -> list[dict]:
 
 
 def tables(results: Path) -> str:
-    """The Markdown tables of lab/RESULTS.md, from the saved counts alone."""
-    arms = {arm: found for arm in ("base", *ARMS) if (found := read(results, arm))}
+    """The results as Markdown tables, from the saved counts alone. ValueError where an arm has none."""
+    arms = {arm: read(results, arm) for arm in ("base", *ARMS)}
+    if missing := [arm for arm, found in arms.items() if not found]:
+        raise ValueError(f"there are no saved counts of {', '.join(missing)} in {results}")
     passes = {arm: np.array([pass_table(r["solved"], r["samples"], KS) for r in found]) for arm, found in arms.items()}
     cells = lambda mean, low, high, sign="": " | ".join(f"{m:{sign}.3f} [{l:{sign}.3f}, {h:{sign}.3f}]"
                                                         for m, l, h in zip(mean, low, high))
@@ -133,7 +143,9 @@ if __name__ == "__main__":
             if not settings.tables:
                 study(settings)
             print(tables(Path(settings.results)))
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"lab.study: {' '.join(error.cmd[1:])} failed: {error.stderr.strip().splitlines()[-1:]}")
+    except (ValueError, OSError) as error:
         sys.exit(f"lab.study: {error}")
     except KeyboardInterrupt:
         sys.exit("lab.study: stopped; the same command goes on with what is left")

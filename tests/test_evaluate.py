@@ -83,6 +83,10 @@ def test_the_command_end_to_end(tmp_path, capsys):
     assert other["models"]["base"]["solved"] != base["solved"]
 
 
+def test_the_default_k_go_as_far_as_the_samples(capsys):
+    assert evaluate(Settings(models=("base",), problems=2, samples=17))["k"] == [1, 4, 16]
+
+
 def test_the_papers_preset_samples_the_papers_distribution(capsys):
     evaluate(Settings(models=("base",), split="validation", problems=2, samples=2, k="1", preset="paper"))
     assert "temperature 0.6, top-p 0.95" in capsys.readouterr().out
@@ -147,7 +151,8 @@ def test_the_command_measures_what_it_was_asked_to(monkeypatch, qwen2):
     ({"samples": 0, "k": "1"}, "1 <= K"), ({"problems": -1}, "at least 0"), ({"slots": 0}, "at least 1"),
     ({"task": "chess"}, "unknown task 'chess'"), ({"models": ("./nowhere",)}, "no model folder ./nowhere"),
     ({"device": "cuda:99"}, "cannot be used here"), ({"temperature": 0.0}, "temperature > 0"),
-    ({"temperature": float("nan")}, "temperature > 0")])
+    ({"temperature": float("nan")}, "temperature > 0"), ({"models": ("base", "./nowhere")}, "no model folder ./nowhere"),
+    ({"models": ("base/nowhere",)}, "no model folder base/nowhere"), ({"json": "no/such/table.json"}, "folder that does not exist")])
 def test_bad_settings_get_one_sentence(changes, sentence):
     small = {"models": ("base",)} if "samples" in changes or "300" in changes.get("k", "") else {
         "models": ("base",), "samples": 2, "problems": 2, "k": "1"}

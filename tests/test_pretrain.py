@@ -78,6 +78,13 @@ def test_pretraining_learns_and_reports(tmp_path, capsys):
                    if "proj.weight" in n)
 
 
+def test_pretraining_does_not_write_over_a_model(tmp_path):
+    with pytest.raises(FileExistsError, match="exists"):
+        pretrain(Settings(out=str(tmp_path)))
+    with pytest.raises(ValueError, match="at least 1"):
+        pretrain(Settings(out=str(tmp_path / "new"), steps=0))
+
+
 def test_base_is_what_it_is_said_to_be():
     record = evaluate(EvaluateSettings(models=("base",), split="validation", problems=100, samples=64, k="1,64"))
     one, many = record["models"]["base"]["pass"]

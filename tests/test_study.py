@@ -34,6 +34,26 @@ def test_tables_by_hand(tmp_path):
     assert any(line.startswith("| GRPO + entropy advantage, seed 2 | 0.750 |") for line in lines)
 
 
+def test_a_failed_run_stops_the_study(tmp_path, monkeypatch):
+    started = []
+
+    def fail(command, **options):
+        started.append(command)
+        raise lab.study.subprocess.CalledProcessError(1, command, stderr="train.py: no")
+    monkeypatch.setattr(lab.study.subprocess, "run", fail)
+    with pytest.raises(lab.study.subprocess.CalledProcessError):
+        study(Settings(seeds=10, runs=str(tmp_path / "runs"), results=str(tmp_path / "results"), processes=1))
+    assert len(started) < 15                                                # of 21
+
+
+def test_missing_counts_and_seeds_are_named(tmp_path):
+    save(tmp_path, "base", 0, [1])
+    with pytest.raises(ValueError, match="no saved counts of GRPO, GRPO . entropy advantage"):
+        tables(tmp_path)
+    with pytest.raises(ValueError, match="--seeds must be 1 to 10"):
+        study(Settings(seeds=11))
+
+
 def test_measure_counts_what_the_model_does(tmp_path, monkeypatch):
     monkeypatch.setattr(lab.study, "PROBLEMS", 3)
     monkeypatch.setattr(lab.study, "SAMPLES", 4)

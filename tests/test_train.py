@@ -304,14 +304,14 @@ def command(monkeypatch, script, *arguments):
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    ("--alpha -0.1", "--alpha must be finite and at least 0; it is -0.1"), ("--alpha nan", "--alpha must be"),
-    ("--kappa 1", "--kappa must be finite and greater than 1"), ("--kappa inf", "--kappa must be"),
-    ("--samples 1", "a group of one has no baseline"), ("--minibatch 5", "--minibatch must be finite and a divisor of --prompts"),
-    ("--minibatch 0", "--minibatch"), ("--clip-low 1.5", "--clip-low"), ("--temperature 0", "--temperature"),
+    ("--alpha -0.1", "--alpha must be at least 0; it is -0.1"), ("--alpha nan", "--alpha must be"),
+    ("--kappa 1", "--kappa must be greater than 1"), ("--kappa inf", "--kappa must be"),
+    ("--samples 1", "a group of one has no baseline"), ("--minibatch 5", "--minibatch must be a divisor of --prompts, 32; it is 5"),
+    ("--minibatch 0", "--minibatch"), ("--clip-low 1.5", "--clip-low"), ("--temperature 0", "--temperature must be from 0.001 to 1000"), ("--prompts 8", "a divisor of --prompts, 8; it is 16"),
     ("--steps -1", "--steps"), ("--prompts 0", "--prompts"), ("--model ./nowhere", "there is no model folder ./nowhere"),
     ("--task chess", "unknown task 'chess'"), ("--device cuda:99", "cannot be used here"),
     ("--device meta", "only cpu and cuda"), ("--device nonsense", "cannot be used here"),
-    ("--grad-clip inf", "--grad-clip must be finite and positive"), ("--max-new-tokens 0", "--max-new-tokens")])
+    ("--grad-clip inf", "--grad-clip must be a finite number; it is inf"), ("--max-new-tokens 0", "--max-new-tokens")])
 def test_bad_flags_give_one_clear_sentence(monkeypatch, tmp_path, flags, sentence):
     message = command(monkeypatch, "train.py", *flags.split(), "--out", str(tmp_path / "runs"))
     assert isinstance(message, str) and message.startswith("train.py: ") and sentence in message    # a string exits with 1
