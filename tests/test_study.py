@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 
 import pytest
 
@@ -39,11 +40,13 @@ def test_a_failed_run_stops_the_study(tmp_path, monkeypatch):
 
     def fail(command, **options):
         started.append(command)
+        if len(started) > 1:
+            time.sleep(0.5)                                                 # the others take their time
         raise lab.study.subprocess.CalledProcessError(1, command, stderr="train.py: no")
     monkeypatch.setattr(lab.study.subprocess, "run", fail)
     with pytest.raises(lab.study.subprocess.CalledProcessError):
         study(Settings(seeds=10, runs=str(tmp_path / "runs"), results=str(tmp_path / "results"), processes=1))
-    assert len(started) < 15                                                # of 21
+    assert len(started) <= 6                                                # of 21
 
 
 def test_missing_counts_and_seeds_are_named(tmp_path):

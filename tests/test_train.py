@@ -262,7 +262,7 @@ def test_a_run_leaves_what_it_says(tmp_path, capsys):
         assert models[name]["solved"] == fresh["solved"] and models[name]["tokens"] == fresh["tokens"]
     trained, base = load(str(folder))[0], load("base")[0]                   # the run's folder is a model folder
     assert any(not torch.equal(p, q) for p, q in zip(trained.parameters(), base.parameters()))
-    assert max(float((p - q).abs().max()) for p, q in zip(trained.parameters(), base.parameters())) < 0.01
+    assert max(float((p - q).detach().abs().max()) for p, q in zip(trained.parameters(), base.parameters())) < 0.01
 
 
 def test_the_same_seed_gives_the_same_weights_and_evaluation_does_not_disturb_them(tmp_path):
