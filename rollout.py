@@ -3,7 +3,7 @@
 A *slot* is one row of a static cache. Every slot is at its own position, so nothing is ever padded on the
 left; a prompt runs through the model once and its keys and values are copied to its G samples; a slot
 takes the next sequence as soon as the host sees that its own has ended. The host looks only every few
-tokens: a finished slot writes into a spare column until then, and no step waits for the host.
+tokens: a finished slot writes into a spare column until then, and no step in between waits for the host.
 
 Each token is recorded with its log-probability and entropy under the distribution it was sampled from,
 in fp32 (temperature applied; truncation too, if top_p < 1). Training uses top_p = 1, and takes these
@@ -163,7 +163,7 @@ class Sampler:
                 token = torch.where(alive, drawn, token)
                 position += alive                                       # a finished slot stays where it is
 
-            lengths = count.tolist()                                    # harvest: the one look at the device
+            lengths = count.tolist()                                    # harvest: flags and lengths to the host
             for slot, still in enumerate(alive.tolist()):
                 if owner[slot] >= 0 and not still:
                     i, n = owner[slot], lengths[slot]

@@ -36,6 +36,11 @@ class Problem:
     answer: str     # the target; the numbers are in the prompt
 
 
+def numbers_of(prompt: str) -> list[int]:
+    """The numbers that a prompt gives, in its order."""
+    return [int(word) for word in prompt.split("->")[0].split()]
+
+
 def apply_operator(total: int, operator: str, number: int) -> int | None:
     """total ∘ number, or None where the task forbids it: a result outside 0..99, an inexact division."""
     if operator == "+":
@@ -136,8 +141,7 @@ class Countdown:
 
     def reward(self, problem: Problem, response: str, finished: bool) -> float:
         """+1.0 if solved, else -1.0. A response cut at the length limit (not `finished`) is wrong."""
-        numbers = [int(word) for word in problem.prompt.split("->")[0].split()]
-        return 1.0 if finished and countdown_solved(numbers, int(problem.answer), response) else -1.0
+        return 1.0 if finished and countdown_solved(numbers_of(problem.prompt), int(problem.answer), response) else -1.0
 
 
 def countdown_tokenizer():

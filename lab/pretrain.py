@@ -18,8 +18,7 @@ fails, or does not end within 128 tokens, is kept with a probability of 30 %. Tr
 there, so that all positions are trained. Only training problems are used, those with few solutions too, in any
 order of their numbers.
 
-The check is written out for a reason: without it a model of this size never learned to compare its total with
-the target, and reinforcement learning could only make answers shorter.
+The check is written out so that the model can learn to compare its total with the target, which stands next to it.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from tqdm import tqdm
 from evaluate import count_solved, flag, parse_flags, pass_table, pick_device
 from model import Transformer, load, response_mask, save
 from rollout import Episode, Sampler
-from task import END, LARGEST, NUMBER, OPERATORS, Countdown, Problem, apply_operator, countdown_tokenizer
+from task import END, LARGEST, NUMBER, OPERATORS, Countdown, Problem, apply_operator, countdown_tokenizer, numbers_of
 
 PROMPT, RESPONSE = 7, 128                   # tokens of a prompt and of the longest response, its end token included
 ATTEMPTS = 10                               # drawn per trace; 10 of 14 to 16 tokens always fill 128
@@ -103,10 +102,6 @@ def random_search(problems: tuple[np.ndarray, np.ndarray], count: int, rng: np.r
     prompt = np.concatenate([number(asked), fixed("->"), number(target)[:, None], fixed("?")], 1)
     keep = solved | (rng.random(count) < s.keep_failed)
     return np.concatenate([prompt, body], 1)[keep], PROMPT + length.clip(max=RESPONSE)[keep], solved[keep]
-
-
-def numbers_of(prompt: str) -> list[int]:
-    return [int(word) for word in prompt.split("->")[0].split()]
 
 
 def batches(s: Settings, vocabulary: dict[str, int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

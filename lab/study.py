@@ -1,12 +1,12 @@
 """All arms, several seeds, one command: `python -m lab.study`.
 
-It trains, measures on the *test* problems once, and prints the tables (about two hours on two cores, so run it when
-the settings are frozen). `--tables` prints them again from the saved counts, without running anything.
+It trains, measures on the *test* problems once, and prints the tables. Run it when the settings
+are frozen, not before. `--tables` prints them again from the saved counts, without running anything.
 
 Each finished run leaves lab/results/ARM-SEED.json.gz: right answers per test problem and what the responses did. A
 run that has left its file is not done again, so an interrupted study goes on where it was; one whose training had
-finished is only measured. Two single-threaded processes work side by side, which on two cores is faster than two
-threads. Seeds vary data order and sampling; the base model is the same.
+finished is only measured. Two single-threaded processes work side by side. Seeds vary data order and sampling; the
+base model is the same.
 
 Two intervals stand side by side because they answer different questions: over problems (bootstrap, as in evaluate.py)
 what other problems would give with these trained models, over seeds (t) what other training runs would give.

@@ -5,9 +5,9 @@ import pytest
 
 from evaluate import Settings as EvaluateSettings
 from evaluate import evaluate
-from lab.pretrain import Settings, attempts, batches, fresh_model, numbers_of, pretrain, random_search, report
+from lab.pretrain import Settings, attempts, batches, fresh_model, pretrain, random_search
 from model import load
-from task import Countdown, Problem, countdown_tokenizer
+from task import Countdown, Problem, countdown_tokenizer, numbers_of
 
 TRAIN = Countdown(solutions=1).train
 PROBLEMS = np.array([numbers_of(p.prompt) for p in TRAIN]), np.array([int(p.answer) for p in TRAIN])
