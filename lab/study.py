@@ -37,6 +37,7 @@ ARMS = {"GRPO": ["--alpha", "0"], "GRPO + entropy advantage": []}
 PROBLEMS, SAMPLES = 200, 256
 KS = (1, 4, 16, 64, 128)
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+MOST_SEEDS = len(T_975) + 1
 BEHAVIOUR = ("tokens per response", "attempts per response", "checks per response", "attempts that hit",
              "so after an unchecked attempt", "so after a checked miss", "responses cut at the limit", "entropy in nats")
 
@@ -82,8 +83,8 @@ def work(arm: str, seed: int, s: Settings) -> None:
 
 
 def study(s: Settings) -> None:
-    if not 1 <= s.seeds <= 10:
-        raise ValueError(f"--seeds must be 1 to 10; it is {s.seeds}")
+    if not 1 <= s.seeds <= MOST_SEEDS:
+        raise ValueError(f"--seeds must be 1 to {MOST_SEEDS}; it is {s.seeds}")
     Path(s.results).mkdir(parents=True, exist_ok=True)
     todo = [("base", 0), *((arm, seed) for seed in range(s.seeds) for arm in ARMS)]
     todo = [job for job in todo if not Path(s.results, f"{key(*job)}.json.gz").exists()]
@@ -97,28 +98,32 @@ def study(s: Settings) -> None:
             raise
 
 
-def read(results: Path, arm: str) -> list[dict]:
-    """The saved counts of an arm, by seed."""
-    files = sorted(results.glob(key(arm, 0).removesuffix("0") + "[0-9]*.json.gz"))
-    return [json.loads(gzip.decompress(file.read_bytes())) for file in files]
+def read(results: Path, arm: str) -> dict[int, dict]:
+    """The saved counts of an arm: seed -> record."""
+    files = {seed: results / f"{key(arm, seed)}.json.gz" for seed in range(MOST_SEEDS)}
+    return {seed: json.loads(gzip.decompress(file.read_bytes())) for seed, file in files.items() if file.exists()}
 
 
 def tables(results: Path) -> str:
-    """The results as Markdown tables, from the saved counts alone. ValueError where an arm has none."""
+    """The results as Markdown tables, from the saved counts alone. The arms are compared over the seeds that both
+    have. ValueError where an arm has no counts, or the two have no seed in common."""
     arms = {arm: read(results, arm) for arm in ("base", *ARMS)}
     if missing := [arm for arm, found in arms.items() if not found]:
         raise ValueError(f"there are no saved counts of {', '.join(missing)} in {results}")
-    passes = {arm: np.array([pass_table(r["solved"], r["samples"], KS) for r in found]) for arm, found in arms.items()}
+    passes = {arm: {seed: pass_table(r["solved"], r["samples"], KS) for seed, r in found.items()}
+              for arm, found in arms.items()}                   # arm -> seed -> [problems, K]
     cells = lambda mean, low, high, sign="": " | ".join(f"{m:{sign}.3f} [{l:{sign}.3f}, {h:{sign}.3f}]"
                                                         for m, l, h in zip(mean, low, high))
     lines = ["| mean over seeds, 95 % interval over problems | " + " | ".join(f"Pass@{k}" for k in KS) + " |",
              "|---" * (len(KS) + 1) + "|"]
-    for arm, values in passes.items():                          # [seeds, problems, K]
+    for arm, found in passes.items():
+        values = np.stack(list(found.values()))                 # [seeds, problems, K]
         lines.append(f"| {arm} ({len(values)} seed{'s' * (len(values) > 1)}) | "
                      f"{cells(values.mean((0, 1)), *bootstrap(values.mean(0)))} |")
     plain, shaped = (passes[arm] for arm in ARMS)
-    n = min(len(plain), len(shaped))
-    gain = shaped[:n] - plain[:n]
+    if not (both := sorted(set(plain) & set(shaped))):
+        raise ValueError(f"the arms in {results} have no seed in common")
+    n, gain = len(both), np.stack([shaped[seed] - plain[seed] for seed in both])
     per_seed = gain.mean(1)                                     # [seeds, K]
     half = T_975[n - 1] * per_seed.std(0, ddof=1) / n ** 0.5 if n > 1 else np.full(len(KS), np.inf)
     mean = per_seed.mean(0)
@@ -126,10 +131,10 @@ def tables(results: Path) -> str:
               f"| difference, interval over {n} seeds | {cells(mean, mean - half, mean + half, '+')} |", "",
               "| per seed | " + " | ".join(f"Pass@{k}" for k in KS) + " |", "|---" * (len(KS) + 1) + "|"]
     for arm in ARMS:
-        lines += [f"| {arm}, seed {i} | " + " | ".join(f"{x:.3f}" for x in row) + " |"
-                  for i, row in enumerate(passes[arm].mean(1))]
+        lines += [f"| {arm}, seed {seed} | " + " | ".join(f"{x:.3f}" for x in values.mean(0)) + " |"
+                  for seed, values in passes[arm].items()]
     lines += ["", "| mean over seeds | " + " | ".join(arms) + " |", "|---" * (len(arms) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(f"{np.mean([r[name] for r in found]):.3f}" for found in arms.values()) + " |"
+    lines += [f"| {name} | " + " | ".join(f"{np.mean([r[name] for r in found.values()]):.3f}" for found in arms.values()) + " |"
               for name in BEHAVIOUR]
     return "\n".join(lines)
 

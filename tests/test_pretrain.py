@@ -1,5 +1,8 @@
 """lab/pretrain.py: the traces that the base model learned from, the parser of responses, and the base itself."""
 
+import hashlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -91,3 +94,11 @@ def test_base_is_what_it_is_said_to_be():
     assert 0.05 < one < 0.12 and many > 0.8
     model, _ = load("base")
     assert sum(p.numel() for p in model.parameters()) <= 450_000
+
+
+def test_base_is_frozen():
+    """Every figure of the README and of lab/RESULTS.md is of these weights; whoever changes them makes all anew."""
+    digest = lambda name: hashlib.sha256(Path("base", name).read_bytes()).hexdigest()
+    assert digest("model.safetensors") == "9058999f64404fc7135cde668e4cdb624a9ba7b92a5bfba276f751b70035c329"
+    assert digest("tokenizer.json") == "fedc22cb0a347912462f2d9a153622ced06ed035017bbe72a4a9a429d5c6eabb"
+    assert sum(file.stat().st_size for file in Path("base").iterdir()) < 2_000_000

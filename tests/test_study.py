@@ -64,7 +64,7 @@ def test_measure_counts_what_the_model_does(tmp_path, monkeypatch):
     for _ in range(2):
         measure("base", tmp_path / "base-0.json.gz")
         torch.set_num_threads(threads)
-        [record] = read(tmp_path, "base")
+        record = read(tmp_path, "base")[0]
         assert len(record["solved"]) == 3 and record["samples"] == 4 and set(BEHAVIOUR) <= set(record)
         assert 1 < record["attempts per response"] < 9 and record["tokens per response"] > 14
     assert [p.name for p in tmp_path.iterdir()] == ["base-0.json.gz"]
@@ -103,4 +103,19 @@ def test_read_does_not_mix_arms(tmp_path, arm):
     for other in ARMS:
         save(tmp_path, other, 0, [1])
     save(tmp_path, arm, 1, [2])
-    assert [r["solved"] for r in read(tmp_path, arm)] == [[1], [2]]
+    assert {seed: r["solved"] for seed, r in read(tmp_path, arm).items()} == {0: [1], 1: [2]}
+
+
+def test_seeds_are_paired_by_their_number(tmp_path):
+    plain, shaped = ARMS
+    save(tmp_path, "base", 0, [0])
+    for seed, a in ((0, 10), (1, 110), (2, 210)):
+        save(tmp_path, plain, seed, [a])
+    save(tmp_path, shaped, 1, [116])
+    with pytest.raises(ValueError, match="no seed in common"):
+        (tmp_path / "grpo-1.json.gz").rename(tmp_path / "aside")
+        tables(tmp_path)
+    (tmp_path / "aside").rename(tmp_path / "grpo-1.json.gz")
+    save(tmp_path, shaped, 2, [222])
+    [line] = [line for line in tables(tmp_path).splitlines() if "over 2 seeds" in line]
+    assert line.split(" | ")[1].startswith("+0.035 ")                       # (6 + 12) / 2 / 256, not (106 + 112) / 2 / 256
