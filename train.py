@@ -15,6 +15,7 @@ import json
 import math
 import resource
 import shutil
+import statistics
 import sys
 import time
 from collections import Counter
@@ -129,8 +130,9 @@ def collate(episodes: list[Episode], device: torch.device) -> tuple[Tensor, ...]
 def update(model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[Episode], advantage: Tensor,
            s: Settings) -> Counter:
     """One optimizer step on the episodes of a minibatch, whose gradients come in zeroed and leave so. Returns
-    policy_loss's sums, the sums of psi / |A| and of the gap to the sampler, and the largest gap and the norm."""
-    device, statistics = model.head.device, Counter()
+    policy_loss's sums, the sums of psi / |A| and of the gap to the sampler, the largest gap, the norm, and the
+    seconds of scoring."""
+    device, total = model.head.device, Counter()
     denominator = sum(len(e.response) for e in episodes)        # of the whole step, whatever is left out below
     # Without a KL or entropy term, A = 0 means no gradient: such sequences need no forward pass.
     live = [i for i in range(len(episodes)) if advantage[i] != 0 or not s.skip_zero]
@@ -138,8 +140,10 @@ def update(model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[
         batch = [live[i] for i in batch]
         tokens, prompt_len, total_len, old_logp = collate([episodes[i] for i in batch], device)
         mask = response_mask(prompt_len, total_len, tokens.shape[1])                        # [B, T-1]
+        started = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
             logp, entropy = score(model, tokens, prompt_len, total_len, s.temperature, s.chunk)
+        total["score_s"] += time.perf_counter() - started
         plain = advantage[batch].to(device)[:, None].expand_as(logp)                        # [B, T-1]
         shaped = shape_with_entropy(plain, entropy, s.alpha, s.kappa)
         loss, sums = policy_loss(logp, old_logp, shaped, mask, s.clip_low, s.clip_high, denominator)
@@ -149,14 +153,14 @@ def update(model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[
             share = torch.where(mask & (plain != 0), (shaped - plain) / plain.abs(), 0.0)           # psi / |A|
             gap = (logp - old_logp).abs()[mask]
             sums |= {"loss": loss.detach(), "shaping": share.sum(), "gap": gap.sum()}
-        statistics.update({name: float(value) for name, value in sums.items()})
-        statistics["gap_max"] = max(statistics["gap_max"], float(gap.max()))
-    statistics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip))
-    if not math.isfinite(statistics["loss"] + statistics["grad_norm"]):
-        raise FloatingPointError(f"the loss is {statistics['loss']} and the gradient norm {statistics['grad_norm']}")
+        total.update({name: float(value) for name, value in sums.items()})
+        total["gap_max"] = max(total["gap_max"], float(gap.max()))
+    total["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip))
+    if not math.isfinite(total["loss"] + total["grad_norm"]):
+        raise FloatingPointError(f"the loss is {total['loss']} and the gradient norm {total['grad_norm']}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)          # zeros, not None: a step without live sequences still steps
-    return statistics
+    return total
 
 
 def train(s: Settings) -> Path:
@@ -205,7 +209,8 @@ def train(s: Settings) -> Path:
         updated = time.perf_counter()
 
         line = summary(step, episodes, reward, advantage, updates, s)
-        line |= {"rollout_s": rolled_out - started, "reward_s": rewarded - rolled_out, "update_s": updated - rewarded,
+        line |= {"rollout_s": rolled_out - started, "reward_s": rewarded - rolled_out,
+                 "score_s": sum(u["score_s"] for u in updates), "update_s": updated - rewarded,
                  "rollout_tokens_per_s": line["tokens"] / (rolled_out - started),
                  "update_tokens_per_s": line["tokens"] / (updated - rewarded), "peak_memory_gb": peak_memory(device)}
         if step % s.eval_every == 0 or step == s.steps:
@@ -223,7 +228,7 @@ def train(s: Settings) -> Path:
     table, record = report(results, [k for k in (1, 4, 16, 64, 256) if k <= s.final_samples])
     (run / "validation.json").write_text(json.dumps(record) + "\n")
     print(f"\n{s.task} validation: {len(validation)} problems, {s.final_samples} samples each, temperature "
-          f"{s.temperature}; 95 % intervals over problems\n{table}\nsaved: {run}/model (Hugging Face format), "
+          f"{s.temperature}; 95 % intervals over problems\n{table}\n{step_times(run)}\nsaved: {run}/model (Hugging Face format), "
           f"{run}/log.jsonl (a line a step), {run}/config.json, {run}/validation.json")
     return run
 
@@ -236,9 +241,9 @@ def summary(step: int, episodes: list[Episode], reward: Tensor, advantage: Tenso
     measured = updates[0]["tokens"] > 0
     tokens = sum(len(e.response) for e in episodes)
     total = Counter()
-    for statistics in updates:
-        total.update(statistics)                # not sum(): adding Counters drops what is not positive
-    mean = lambda statistics, name: statistics[name] / max(1, statistics["tokens"])
+    for sums in updates:
+        total.update(sums)                      # not sum(): adding Counters drops what is not positive
+    mean = lambda sums, name: sums[name] / max(1, sums["tokens"])
     return {"step": step, "reward": float(reward.mean()), "length": tokens / len(episodes),
             "finished": sum(e.finished for e in episodes) / len(episodes),
             "entropy": float(torch.cat([e.entropy for e in episodes]).mean()),
@@ -248,6 +253,15 @@ def summary(step: int, episodes: list[Episode], reward: Tensor, advantage: Tenso
             "gap_mean": mean(updates[0], "gap") if measured else None,
             "gap_max": updates[0]["gap_max"] if measured else None,
             "grad_norm": sum(u["grad_norm"] for u in updates) / len(updates), "tokens": tokens}
+
+
+def step_times(run: Path) -> str:
+    """Where the time of a step goes, as medians of the log. Scoring is a part of the update; on a GPU its share is
+    not exact, since the host does not wait for the card there."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    seconds = {part: statistics.median(line[f"{part}_s"] for line in lines) for part in ("rollout", "reward", "update", "score")}
+    return ("median seconds of a step: " + ", ".join(f"{part} {value:.2f}" for part, value in seconds.items() if part != "score")
+            + f" (of it {seconds['score']:.2f} scoring, forward)")
 
 
 def peak_memory(device: torch.device) -> float:

@@ -252,6 +252,7 @@ def test_a_run_leaves_what_it_says(tmp_path, capsys):
         assert 0 < line["entropy"] < math.log(112) and 1 <= line["length"] <= 128
         assert {"reward", "finished", "shaping", "equal_groups", "clip_low", "clip_high", "kl", "grad_norm", "rollout_s",
                 "rollout_tokens_per_s", "update_tokens_per_s", "peak_memory_gb", "seconds"} <= set(line)
+        assert 0 < line["score_s"] < line["update_s"] < line["seconds"]
     assert json.loads((folder / "config.json").read_text())["alpha"] == 0.4
     models = json.loads((folder / "validation.json").read_text())["models"]
     for name, path in (("base", "base"), ("trained", str(folder))):             # each row is of its own model
@@ -379,6 +380,13 @@ def test_ctrl_c_says_one_sentence_and_keeps_what_was_saved(tmp_path):
     assert "Traceback" not in error
     load(str(tmp_path / "run"))
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()][:3] == [1, 2, 3]
+
+
+def test_step_times_are_medians(tmp_path):
+    lines = [{"rollout_s": r, "reward_s": 0.5, "update_s": 4.0 * r, "score_s": 1.25} for r in (1.0, 2.0, 9.0)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert train.step_times(tmp_path) == ("median seconds of a step: rollout 2.00, reward 0.50, update 8.00 "
+                                          "(of it 1.25 scoring, forward)")
 
 
 def test_every_setting_is_a_flag_with_a_line_of_documentation(capsys):
