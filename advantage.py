@@ -1,13 +1,15 @@
 """From rewards to the objective, and the paper's line. Read after rollout.py.
 
     group_advantage      rewards of a group of answers -> GRPO's advantages
+    gae, whiten          rewards and a critic's values -> PPO's advantages
     shape_with_entropy   the paper's one line
     policy_loss          advantages -> the clipped policy-gradient objective
+    value_loss           what the critic is trained with
 
 Pure functions of tensors; this file imports only torch, so you can lift it into another project as it is.
 
 Departs from the paper: nowhere in what it states. Where it is silent, this follows verl, which its
-experiments ran in: the unbiased standard deviation, + 1e-6. verl's dual clip (a second bound for A < 0 and
+experiments ran in: the unbiased standard deviation, + 1e-6, whitened advantages in PPO. verl's dual clip (a second bound for A < 0 and
 large ratios) is left out on purpose: neither the paper nor PPO has it.
 """
 
@@ -29,6 +31,34 @@ def group_advantage(reward: Tensor, group: Tensor) -> Tensor:
     largest = per_group.scatter_reduce(0, index, reward, "amax", include_self=False)
     smallest = per_group.scatter_reduce(0, index, reward, "amin", include_self=False)
     return torch.where((largest == smallest)[index], 0.0, centred / (std[index] + 1e-6))
+
+
+def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016): with delta_t = r_t + gamma V_(t+1) - V_t,
+
+        A_t = delta_t + gamma lam A_(t+1),      return_t = A_t + V_t
+
+    reward, value, mask, both results [B, T]; mask True on response tokens, which are contiguous in a row; value_t is
+    of the state in which token t is chosen. Both results are 0 outside the mask. At gamma = lam = 1 (the paper)
+    A_t is the reward to come minus V_t.
+
+    After a row's last token comes nothing: V = 0 there, for a response cut at the length limit too, which the task
+    has given its -1. The paper is silent; the alternative treats the cut as a pause and takes the critic's value of
+    the cut text in place of a reward, so that length itself is not punished."""
+    advantage, later, next_value = torch.zeros_like(value), value.new_zeros(len(value)), value.new_zeros(len(value))
+    for t in reversed(range(value.shape[1])):
+        delta = reward[:, t] + gamma * next_value - value[:, t]                                 # [B]
+        later = torch.where(mask[:, t], delta + gamma * lam * later, 0.0)
+        next_value = torch.where(mask[:, t], value[:, t], 0.0)
+        advantage[:, t] = later
+    return advantage, torch.where(mask, advantage + value, 0.0)
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Zero mean and unit variance (unbiased) over the True places of the mask; 0 elsewhere. Any shape."""
+    chosen = x[mask]
+    spread = chosen.std() if len(chosen) > 1 else chosen.new_zeros(())
+    return torch.where(mask, (x - chosen.mean()) / (spread + 1e-6), 0.0)
 
 
 def shape_with_entropy(advantage: Tensor, entropy: Tensor, alpha: float, kappa: float) -> Tensor:
@@ -69,3 +99,12 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor,
                       "clipped_high": (mask & (advantage > 0) & (ratio > 1 + clip_high)).sum(),
                       "kl": (ratio - 1 - log_ratio).sum()}
     return loss, statistics
+
+
+def value_loss(value: Tensor, old_value: Tensor, ret: Tensor, mask: Tensor, clip: float, denominator: float) -> Tensor:
+    """PPO's clipped value loss: the larger of the squared error of the value and that of the value kept within
+    `clip` of the old one, halved, summed over tokens and divided as in policy_loss. All [B, T]. A token has no
+    gradient where the clipped error is the larger one: the value has moved far enough towards its return."""
+    kept = old_value + (value - old_value).clamp(-clip, clip)
+    squared = torch.max((value - ret) ** 2, (kept - ret) ** 2)
+    return torch.where(mask, squared, 0.0).sum() / 2 / denominator

@@ -1,6 +1,7 @@
 """A Qwen2-family decoder in plain PyTorch, and everything that touches its weights. Read after train.py.
 
     Transformer   tokens -> hidden states; explicit positions; an optional static KV cache
+    Critic        the same body with a scalar head, for PPO
     score         log-probabilities and entropies of given tokens, without ever holding all logits
     load, save    Hugging Face folders in and out; fp32 weights come back bit for bit
 
@@ -14,6 +15,7 @@ causality already hides the padding; the lengths say which tokens count.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -159,6 +161,25 @@ class Transformer(nn.Module):
         return self.norm(x)
 
 
+class Critic(nn.Module):
+    """PPO's value function: a copy of the policy's body with a scalar head, which starts at zero. The paper is silent
+    on its architecture."""
+
+    def __init__(self, policy: Transformer) -> None:
+        super().__init__()
+        self.body = copy.deepcopy(policy)
+        self.body.lm_head = None                                    # an untied head would never be used
+        self.value = nn.Linear(policy.config["hidden_size"], 1, device=policy.head.device)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [B, T] padded on the right -> fp32 values [B, T-1]: column t is the value of the text up to token
+        t, the state in which token t+1 is chosen (score's columns)."""
+        position = torch.arange(tokens.shape[1] - 1, device=tokens.device)
+        return self.value(self.body(tokens[:, :-1], position.expand(len(tokens), -1)))[..., 0].float()
+
+
 def rope_theta(config: dict) -> float:
     """transformers 5 nests it in rope_parameters, earlier versions have it at the top."""
     return float((config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta", 10000.0)))
@@ -286,23 +307,34 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file, written beside `path`, flushed to the disk and then renamed: whatever happens, what was
+    there before stays until the new one is whole. OSError if it cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    fresh = path.with_name(path.name + ".tmp")
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, fresh, metadata=metadata)
+        with open(fresh, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except SafetensorError as error:                                # also where the disk is full: no OSError
+        raise OSError(f"{path} could not be written ({error})") from None
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
 def save(model: Transformer, tokenizer, directory: str | Path) -> None:
     """Writes what transformers' from_pretrained loads, with the weights in the type they have here. The folder is
     written beside its final place and renamed when it is whole: after a full disk or a kill the earlier one is
     there, at worst (killed between the two renames) as NAME.old. OSError if it cannot be written."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     directory = Path(directory)
     fresh, old = directory.with_name(directory.name + ".tmp"), directory.with_name(directory.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    weights = {name if name.startswith("lm_head") else "model." + name: tensor.detach().cpu().contiguous()
-               for name, tensor in model.state_dict().items()}
-    try:
-        save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
-    except SafetensorError as error:                                # also where the disk is full: no OSError
-        raise OSError(f"{fresh} could not be written ({error})") from None
+    weights = {name if name.startswith("lm_head") else "model." + name: t for name, t in model.state_dict().items()}
+    write_tensors(weights, fresh / "model.safetensors", {"format": "pt"})
     dtype = str(model.head.dtype).removeprefix("torch.")
     config = {key: value for key, value in model.config.items() if key != "torch_dtype"} | {"dtype": dtype}
     (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")

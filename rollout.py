@@ -22,9 +22,11 @@ from typing import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import Transformer
+from model import Transformer, response_mask
+from task import Problem
 
 CHECK_EVERY = 8             # tokens between two looks at the finished flags
 PREFILL_TOKENS = 16384      # prompt tokens (with padding) per prefill, which bounds its memory
@@ -45,6 +47,17 @@ def seeded_generator(seed: int, step: int, stream: str, device: str | torch.devi
     resumed run draws what the first would have drawn."""
     digest = hashlib.sha256(f"{seed} {step} {stream}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def draw(problems: list[Problem], count: int, step: int, seed: int) -> list[Problem]:
+    """The problems of a step: a new shuffle every epoch, from (seed, epoch) alone."""
+    chosen = []
+    for i in range(step * count, (step + 1) * count):
+        epoch, place = divmod(i, len(problems))
+        if not chosen or place == 0:
+            order = torch.randperm(len(problems), generator=seeded_generator(seed, epoch, "data"))
+        chosen.append(problems[order[place]])
+    return chosen
 
 
 def sample(logits: Tensor, temperature: float, top_p: float,
@@ -196,3 +209,32 @@ class Sampler:
         bank = self.decoder.new_cache(end - first, longest)
         self.decoder(batch.to(self.device), torch.arange(longest, device=self.device).expand(*batch.shape), bank)
         return bank, end
+
+
+def micro_batches(episodes: Sequence[Episode], budget: int) -> list[list[int]]:
+    """Indices of episodes sorted by length, cut so that rows x longest <= budget (one row at least)."""
+    length = [len(e.prompt) + len(e.response) for e in episodes]
+    batches: list[list[int]] = []
+    for i in sorted(range(len(episodes)), key=lambda i: length[i]):
+        if not batches or (len(batches[-1]) + 1) * length[i] > budget:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def per_token(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """A number for every response token, [R_i] each -> padded [N, R], and the mask of what counts."""
+    length = torch.tensor([len(v) for v in values])
+    return pad_sequence(list(values), batch_first=True), torch.arange(int(length.max())) < length[:, None]
+
+
+def collate(episodes: Sequence[Episode], device: torch.device, *rows: Tensor) -> tuple[Tensor, ...]:
+    """What `score` takes, padded on the right: tokens [B, T], prompt_len [B], total_len [B], and the mask of the
+    response [B, T-1]. Then each of `rows`, a number per response token [B, R], in score's columns [B, T-1]."""
+    prompt_len = torch.tensor([len(e.prompt) for e in episodes])
+    length = torch.tensor([len(e.response) for e in episodes])
+    tokens = pad_sequence([torch.cat((e.prompt, e.response)) for e in episodes], batch_first=True)
+    mask = response_mask(prompt_len, prompt_len + length, tokens.shape[1])              # column t is token t+1
+    columns = [torch.zeros(mask.shape).masked_scatter(mask, row[torch.arange(row.shape[1]) < length[:, None]])
+               for row in rows]
+    return tuple(x.to(device) for x in (tokens, prompt_len, prompt_len + length, mask, *columns))

@@ -1,11 +1,13 @@
 """The loop: sample -> reward -> advantage -> (score, shape, loss, step). Read after advantage.py.
 
 `python train.py` trains the embedded base model on countdown with GRPO and the paper's line; every setting
-below is a flag. The whole method is `train` and `update`, one screen each.
+below is a flag. The whole method is `train` and `update`, one screen each. `--algo ppo` takes a critic's word
+for what is usual where GRPO takes the group's mean; the rest is the same.
 
 Departs from the paper: scaled down. 32 prompts x 16 samples and 2 updates per rollout instead of 512 x 8 and
-16, responses of 128 tokens instead of 8K, a learning rate for 0.4 M parameters instead of 7 B. As in the
-paper: kappa 2, alpha 0.4, clip 0.2 / 0.28, token-level mean, no KL term, no entropy term, reward +1 / -1.
+16, responses of 128 tokens instead of 8K, learning rates for 0.4 M parameters instead of 7 B. As in the
+paper: kappa 2, alpha 0.4 (PPO 0.1), clip 0.2 / 0.28, token-level mean, no KL term, no entropy term, reward
++1 / -1, gamma = lambda = 1, 10 steps in which only the critic learns.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import dataclasses
 import json
 import math
 import resource
-import shutil
+import signal
 import statistics
 import sys
 import time
@@ -27,11 +29,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from advantage import group_advantage, policy_loss, shape_with_entropy
+from advantage import gae, group_advantage, policy_loss, shape_with_entropy, value_loss, whiten
+from checkpoint import append, load_state, open_run, read_lines, resumed, save_state, stop
 from evaluate import count_solved, flag, parse_flags, pick_device, report
-from model import Transformer, load, read_json, response_mask, save, score
-from rollout import Episode, Sampler, seeded_generator, texts
-from task import Problem, load_task
+from model import Critic, Transformer, load, save, score
+from rollout import Episode, Sampler, collate, draw, micro_batches, per_token, seeded_generator, texts
+from task import load_task
 
 
 @dataclass
@@ -39,6 +42,9 @@ class Settings:
     name: str = flag("", "the run's folder under --out; by default the settings that differ from the defaults")
     out: str = flag("runs", "where run folders go")
     overwrite: bool = flag(False, "replace an existing run folder of this name")
+    resume: str = flag("", "go on with this run folder, with its settings")
+    dry_run: bool = flag(False, "only one step at the longest lengths; prints its time and memory")
+    algo: str = flag("grpo", "where advantages come from: the group (grpo) or a critic (ppo)", choices=("grpo", "ppo"))
     model: str = flag("base", "model to start from: a folder or a hub id")
     task: str = flag("countdown", "the task")
     steps: int = flag(150, "rollouts")
@@ -48,17 +54,24 @@ class Settings:
     lr: float = flag(4e-4, "AdamW's learning rate, constant")
     weight_decay: float = flag(0.01, "AdamW's weight decay")
     grad_clip: float = flag(1.0, "largest gradient norm")
-    alpha: float = flag(0.4, "weight of the entropy in the paper's line; 0 is plain GRPO")
+    alpha: float = flag(None, "weight of the entropy in the paper's line; by default 0.4 for grpo, 0.1 for ppo; 0: without "
+                              "the line", type=float)
     kappa: float = flag(2.0, "psi is at most |A| / kappa")
     clip_low: float = flag(0.2, "the ratio counts down to 1 - clip_low")
     clip_high: float = flag(0.28, "the ratio counts up to 1 + clip_high (clip-higher)")
+    entropy_coef: float = flag(0.0, "weight of the mean entropy in the objective (classical entropy regularisation)")
+    critic_lr: float = flag(8e-4, "ppo: AdamW's learning rate for the critic")
+    critic_warmup: int = flag(10, "ppo: first steps, in which only the critic learns")
+    gamma: float = flag(1.0, "ppo: discount per token")
+    lam: float = flag(1.0, "ppo: lambda of generalised advantage estimation")
+    value_clip: float = flag(0.5, "ppo: how far a value may move from the old one before its gradient is cut")
     temperature: float = flag(1.0, "of sampling and of scoring alike")
     max_new_tokens: int = flag(128, "longest response, in tokens")
     slots: int = flag(512, "sequences decoded at a time")
     micro_tokens: int = flag(4096, "tokens, with padding, in one forward and backward pass")
     chunk: int = flag(2048, "response tokens whose logits exist at a time")
     skip_zero: bool = flag(True, "leave sequences with zero advantage out of the forward pass (exact)")
-    eval_every: int = flag(25, "steps between validations and between saves of the model")
+    eval_every: int = flag(25, "steps between validations and between saves")
     eval_problems: int = flag(200, "validation problems")
     eval_samples: int = flag(8, "samples per problem in a validation on the way")
     final_samples: int = flag(64, "samples per problem before the first and after the last step")
@@ -66,6 +79,10 @@ class Settings:
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
     dtype: str = flag("float32", "of sampling and scoring; the weights that are trained stay float32",
                       choices=("float32", "bfloat16"))
+
+    def __post_init__(self) -> None:
+        if self.alpha is None:
+            self.alpha = {"grpo": 0.4, "ppo": 0.1}[self.algo]
 
 
 def check(s: Settings) -> None:
@@ -75,6 +92,8 @@ def check(s: Settings) -> None:
             ("samples", s.samples >= 2, "at least 2: a group of one has no baseline to compare with"),
             ("minibatch", s.minibatch >= 1 and s.prompts % s.minibatch == 0, f"a divisor of --prompts, {s.prompts}"),
             ("clip_low", 0 <= s.clip_low < 1, "in [0, 1)"), ("clip_high", s.clip_high >= 0, "at least 0"),
+            ("gamma", 0 <= s.gamma <= 1, "in [0, 1]"), ("lam", 0 <= s.lam <= 1, "in [0, 1]"),
+            *((name, getattr(s, name) >= 0, "at least 0") for name in ("entropy_coef", "critic_lr", "critic_warmup", "value_clip")),
             ("lr", s.lr >= 0, "at least 0"), ("weight_decay", s.weight_decay >= 0, "at least 0"),
             ("temperature", 1e-3 <= s.temperature <= 1e3, "from 0.001 to 1000"), ("grad_clip", s.grad_clip > 0, "positive"),
             *((name, getattr(s, name) >= 1, "at least 1") for name in (
@@ -87,104 +106,126 @@ def check(s: Settings) -> None:
 
 
 def run_name(s: Settings) -> str:
-    """grpo, and every setting that differs from its default, so that two settings never share a folder."""
+    """The algorithm, and every setting that differs from its default, so that two settings never share a folder."""
+    usual = Settings(algo=s.algo)
     parts = [f"{f.name.replace('_', '')}={getattr(s, f.name)}" for f in dataclasses.fields(s)
-             if f.name not in ("name", "out", "overwrite") and getattr(s, f.name) != f.default]
-    return quote("-".join(["grpo", *parts]), safe="=,-")
-
-
-def draw(problems: list[Problem], count: int, step: int, seed: int) -> list[Problem]:
-    """The problems of a step: a new shuffle every epoch, from (seed, epoch) alone."""
-    chosen = []
-    for i in range(step * count, (step + 1) * count):
-        epoch, place = divmod(i, len(problems))
-        if not chosen or place == 0:
-            order = torch.randperm(len(problems), generator=seeded_generator(seed, epoch, "data"))
-        chosen.append(problems[order[place]])
-    return chosen
-
-
-def micro_batches(episodes: list[Episode], budget: int) -> list[list[int]]:
-    """Indices of episodes sorted by length, cut so that rows x longest <= budget (one row at least)."""
-    length = [len(e.prompt) + len(e.response) for e in episodes]
-    batches: list[list[int]] = []
-    for i in sorted(range(len(episodes)), key=lambda i: length[i]):
-        if not batches or (len(batches[-1]) + 1) * length[i] > budget:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
-
-
-def collate(episodes: list[Episode], device: torch.device) -> tuple[Tensor, ...]:
-    """Pads on the right -> tokens [B, T], prompt_len [B], total_len [B], old_logp [B, T-1]."""
-    prompt_len = torch.tensor([len(e.prompt) for e in episodes])
-    total_len = prompt_len + torch.tensor([len(e.response) for e in episodes])
-    tokens = torch.zeros(len(episodes), int(total_len.max()), dtype=torch.int64)
-    old_logp = torch.zeros(tokens.shape[0], tokens.shape[1] - 1)
-    for i, e in enumerate(episodes):
-        tokens[i, :total_len[i]] = torch.cat((e.prompt, e.response))
-        old_logp[i, prompt_len[i] - 1:total_len[i] - 1] = e.logp       # column t speaks of token t+1
-    return tuple(x.to(device) for x in (tokens, prompt_len, total_len, old_logp))
+             if f.name not in ("name", "out", "overwrite", "resume", "dry_run") and getattr(s, f.name) != getattr(usual, f.name)]
+    return quote("-".join([s.algo, *parts]), safe="=,-")
 
 
 def update(model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[Episode], advantage: Tensor,
            s: Settings) -> Counter:
-    """One optimizer step on the episodes of a minibatch, whose gradients come in zeroed and leave so. Returns
-    policy_loss's sums, the sums of psi / |A| and of the gap to the sampler, the largest gap, the norm, and the
-    seconds of scoring."""
+    """One optimizer step of the policy on the episodes of a minibatch; advantage [N, R], one per response token,
+    0 beyond. Returns policy_loss's sums, the sums of psi / |A| and of the gap to the sampler, the largest gap, the norm, and
+    the seconds of scoring."""
     device, total = model.head.device, Counter()
     denominator = sum(len(e.response) for e in episodes)        # of the whole step, whatever is left out below
+    old_logp, _ = per_token([e.logp for e in episodes])         # [N, R]
     # Without a KL or entropy term, A = 0 means no gradient: such sequences need no forward pass.
-    live = [i for i in range(len(episodes)) if advantage[i] != 0 or not s.skip_zero]
+    everything = not s.skip_zero or s.entropy_coef > 0
+    live = [i for i, some in enumerate((advantage != 0).any(1).tolist()) if some or everything]
     for batch in micro_batches([episodes[i] for i in live], s.micro_tokens):
         batch = [live[i] for i in batch]
-        tokens, prompt_len, total_len, old_logp = collate([episodes[i] for i in batch], device)
-        mask = response_mask(prompt_len, total_len, tokens.shape[1])                        # [B, T-1]
+        tokens, prompt_len, total_len, mask, old, plain = collate([episodes[i] for i in batch], device, old_logp[batch],
+                                                                  advantage[batch])     # [B, T], then [B, T-1]
         started = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
-            logp, entropy = score(model, tokens, prompt_len, total_len, s.temperature, s.chunk)
+            logp, entropy = score(model, tokens, prompt_len, total_len, s.temperature, s.chunk, s.entropy_coef > 0)
         total["score_s"] += time.perf_counter() - started
-        plain = advantage[batch].to(device)[:, None].expand_as(logp)                        # [B, T-1]
         shaped = shape_with_entropy(plain, entropy, s.alpha, s.kappa)
-        loss, sums = policy_loss(logp, old_logp, shaped, mask, s.clip_low, s.clip_high, denominator)
+        loss, sums = policy_loss(logp, old, shaped, mask, s.clip_low, s.clip_high, denominator)
+        # Not the line above by other means: this gradient is the entropy's own and draws the whole distribution
+        # towards uniform, right or wrong; psi has none and only scales the push on the token that was sampled.
+        if s.entropy_coef > 0:
+            loss = loss - s.entropy_coef * torch.where(mask, entropy, 0.0).sum() / denominator
         loss.backward()
 
         with torch.no_grad():
             share = torch.where(mask & (plain != 0), (shaped - plain) / plain.abs(), 0.0)           # psi / |A|
-            gap = (logp - old_logp).abs()[mask]
+            gap = (logp - old).abs()[mask]
             sums |= {"loss": loss.detach(), "shaping": share.sum(), "gap": gap.sum()}
         total.update({name: float(value) for name, value in sums.items()})
         total["gap_max"] = max(total["gap_max"], float(gap.max()))
-    total["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip))
+    return descend(model, optimizer, total, s)
+
+
+def update_critic(critic: Critic, optimizer: torch.optim.Optimizer, episodes: list[Episode], value: Tensor, ret: Tensor,
+                  s: Settings) -> Counter:
+    """One optimizer step of the critic; value, ret [N, R]: the values before it, and what they should have been."""
+    total, denominator = Counter(), sum(len(e.response) for e in episodes)
+    for batch in micro_batches(episodes, s.micro_tokens):
+        tokens, _, _, mask, old, target = collate([episodes[i] for i in batch], critic.value.weight.device, value[batch], ret[batch])
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
+            new = critic(tokens)                                                                    # [B, T-1]
+        loss = value_loss(new, old, target, mask, s.value_clip, denominator)
+        loss.backward()
+        total["loss"] += float(loss.detach())
+    return descend(critic, optimizer, total, s)
+
+
+@torch.no_grad()
+def values_of(critic: Critic, episodes: list[Episode], s: Settings) -> Tensor:
+    """The critic's value of the state before every response token, [N, R]."""
+    values: list[Tensor] = [torch.empty(0)] * len(episodes)
+    for batch in micro_batches(episodes, s.micro_tokens):
+        tokens, _, _, mask = collate([episodes[i] for i in batch], critic.value.weight.device)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
+            found = critic(tokens)[mask].cpu()
+        for i, row in zip(batch, found.split([len(episodes[i].response) for i in batch])):
+            values[i] = row
+    return per_token(values)[0]
+
+
+def descend(module: torch.nn.Module, optimizer: torch.optim.Optimizer, total: Counter, s: Settings) -> Counter:
+    """Clips the gradient, refuses one that is not finite, and steps. Gradients come in zeroed and leave so: zeros,
+    not None, because a step without live sequences is a step too."""
+    total["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(module.parameters(), s.grad_clip))
     if not math.isfinite(total["loss"] + total["grad_norm"]):
         raise FloatingPointError(f"the loss is {total['loss']} and the gradient norm {total['grad_norm']}")
     optimizer.step()
-    optimizer.zero_grad(set_to_none=False)          # zeros, not None: a step without live sequences still steps
+    optimizer.zero_grad(set_to_none=False)
     return total
 
 
-def train(s: Settings) -> Path:
-    """Runs the command; returns the run's folder."""
+def adamw(module: torch.nn.Module, lr: float, s: Settings) -> torch.optim.Optimizer:
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return torch.optim.AdamW(module.parameters(), lr, weight_decay=s.weight_decay)
+
+
+def train(s: Settings) -> Path | None:
+    """Runs the command; returns the run's folder (None after a dry run)."""
     check(s)
     device, task = pick_device(s.device), load_task(s.task)
     model, tokenizer = load(s.model, device)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer = torch.optim.AdamW(model.parameters(), s.lr, weight_decay=s.weight_decay)
+    parts = {"policy": (model, adamw(model, s.lr, s))}
+    if s.algo == "ppo":
+        critic = Critic(model)
+        parts["critic"] = (critic, adamw(critic, s.critic_lr, s))
     problems, validation = task.train, task.validation[:s.eval_problems]
-    longest = max(len(task.encode(p, tokenizer)) for p in [*problems, *validation])
-    sampler = Sampler(model, s.slots, longest + s.max_new_tokens, model.eos_ids, getattr(torch, s.dtype))
-    run = open_run(s)
+    longest = max([*problems, *validation], key=lambda p: len(task.encode(p, tokenizer)))
+    sampler = Sampler(model, s.slots, len(task.encode(longest, tokenizer)) + s.max_new_tokens, model.eos_ids,
+                      getattr(torch, s.dtype))
+    if s.dry_run:           # no response ends, and the forward pass leaves nothing out
+        sampler.eos_ids, problems, s = (-1,), [longest], dataclasses.replace(s, steps=1, skip_zero=False, critic_warmup=0)
+    run, done = (Path(s.name), 0) if s.dry_run else (Path(s.resume), load_state(Path(s.resume), parts)) if s.resume else (open_run(s, s.name or run_name(s)), 0)
+    sampler.sync()
+    stop.run, saved = run, done
+    log, validated = (read_lines(run / file, done) for file in ("log.jsonl", "validation.jsonl"))
     group = torch.arange(s.prompts).repeat_interleave(s.samples)
 
-    def validate(step: int, samples: int, progress: str | None = None) -> dict:
-        return count_solved(sampler, tokenizer, task, validation, samples, s.max_new_tokens, s.temperature, 1.0,
-                            s.seed, step, progress)
+    def validate(step: int) -> None:
+        if (step % s.eval_every == 0 or step == s.steps) and step not in [v["step"] for v in validated] and not s.dry_run:
+            edge = step in (0, s.steps)
+            validated.append({"step": step} | count_solved(
+                sampler, tokenizer, task, validation, s.final_samples if edge else s.eval_samples, s.max_new_tokens,
+                s.temperature, 1.0, s.seed, step, f"validation, step {step}" if edge else None))
+            append(run / "validation.jsonl", validated[-1])
 
-    results = {"base": validate(0, s.final_samples, "validation, base")}
-    bar = tqdm(range(1, s.steps + 1), desc=run.name, unit="step", disable=None)     # None: only on a terminal
+    validate(done)
+    bar = tqdm(range(done + 1, s.steps + 1), initial=done, total=s.steps, desc=run.name, unit="step", disable=None)
     for step in bar:
-        started = time.perf_counter()
+        started, stop.in_step = time.perf_counter(), True
         # sample
         batch = draw(problems, s.prompts, step - 1, s.seed)
         episodes = sampler.generate([task.encode(p, tokenizer) for p in batch], s.samples, s.max_new_tokens,
@@ -194,50 +235,73 @@ def train(s: Settings) -> Path:
         # reward
         reward = torch.tensor([task.reward(batch[e.prompt_index], response, e.finished)
                                for e, response in zip(episodes, texts(tokenizer, episodes))])   # [N]
-        # advantage
-        advantage = group_advantage(reward, group)                                          # [N]
         rewarded = time.perf_counter()
+        # advantage
+        counted = per_token([e.logp for e in episodes])[1]                                  # [N, R]
+        if s.algo == "grpo":
+            advantage = group_advantage(reward, group)[:, None] * counted                   # [N, R]
+        else:
+            value, at_end = values_of(critic, episodes, s), torch.zeros(counted.shape)      # [N, R]
+            at_end[torch.arange(len(reward)), counted.sum(1) - 1] = reward
+            advantage, ret = gae(at_end, value, counted, s.gamma, s.lam)
+            advantage = whiten(advantage, counted)
         # score, shape, loss, step
-        size, updates = s.minibatch * s.samples, []
+        size, updates, critic_updates = s.minibatch * s.samples, [], []
         try:
             for i in range(0, len(episodes), size):
-                updates.append(update(model, optimizer, episodes[i:i + size], advantage[i:i + size], s))
+                part = slice(i, i + size)
+                if s.algo == "ppo":
+                    critic_updates.append(update_critic(*parts["critic"], episodes[part], value[part], ret[part], s))
+                if s.algo == "grpo" or step > s.critic_warmup:
+                    updates.append(update(*parts["policy"], episodes[part], advantage[part], s))
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step} stopped before its optimizer step: {error}; the mean reward was "
-                                     f"{reward.mean():.3f}; {run}/model, if there is one, is the last good model") from None
+                                     f"{reward.mean():.3f}; the last good state in {run} is of step {saved}") from None
         sampler.sync()
         updated = time.perf_counter()
 
-        line = summary(step, episodes, reward, advantage, updates, s)
+        line = summary(step, episodes, reward, updates, s)
+        if s.algo == "ppo":
+            error = (ret - value)[counted].var() / ret[counted].var().clamp(min=1e-8)
+            line |= {"value_loss": sum(u["loss"] for u in critic_updates) / len(critic_updates),
+                     "explained_variance": 1 - float(error)}
         line |= {"rollout_s": rolled_out - started, "reward_s": rewarded - rolled_out,
                  "score_s": sum(u["score_s"] for u in updates), "update_s": updated - rewarded,
                  "rollout_tokens_per_s": line["tokens"] / (rolled_out - started),
                  "update_tokens_per_s": line["tokens"] / (updated - rewarded), "peak_memory_gb": peak_memory(device)}
-        if step % s.eval_every == 0 or step == s.steps:
+        log.append(line)
+        if s.dry_run:
+            print(f"{len(episodes)} sequences of {sampler.max_length} tokens, peak memory {line['peak_memory_gb']:.2f} GB; "
+                  + step_times(log))
+            return None
+        append(run / "log.jsonl", line)
+        if step % s.eval_every == 0 or step == s.steps or stop.asked:
             save(model, tokenizer, run / "model")
-        if step == s.steps:
-            results["trained"] = validate(step, s.final_samples, "validation, trained")
-        elif step % s.eval_every == 0:
-            solved = validate(step, s.eval_samples)["solved"]
-            line["validation_pass@1"] = sum(solved) / (len(solved) * s.eval_samples)
-        line["seconds"] = time.perf_counter() - started
-        with open(run / "log.jsonl", "a") as log:
-            log.write(json.dumps(line) + "\n")
+            save_state(run, step, parts)
+            saved = step
+        stop.in_step = False
+        if stop.asked:
+            raise KeyboardInterrupt
+        validate(step)
+        if step % 20 == 0 and all(past["equal_groups"] == 1 for past in log[-20:]):
+            tqdm.write(f"no group had both right and wrong answers in 20 steps, so nothing is learned (mean reward "
+                       f"{line['reward']:+.2f}): try more --samples, easier problems or another template", file=sys.stderr)
         bar.set_postfix(reward=f"{line['reward']:+.2f}", entropy=f"{line['entropy']:.2f}", length=f"{line['length']:.0f}")
 
+    results = {"base": validated[0], "trained": validated[-1]}
     table, record = report(results, [k for k in (1, 4, 16, 64, 256) if k <= s.final_samples])
     (run / "validation.json").write_text(json.dumps(record) + "\n")
     print(f"\n{s.task} validation: {len(validation)} problems, {s.final_samples} samples each, temperature "
-          f"{s.temperature}; 95 % intervals over problems\n{table}\n{step_times(run)}\nsaved: {run}/model (Hugging Face format), "
-          f"{run}/log.jsonl (a line a step), {run}/config.json, {run}/validation.json")
+          f"{s.temperature}; 95 % intervals over problems\n{table}\n{step_times(log)}\nsaved: {run}/model (Hugging Face "
+          f"format), {run}/log.jsonl (a line a step), {run}/validation.jsonl, {run}/config.json, {run}/validation.json")
     return run
 
 
-def summary(step: int, episodes: list[Episode], reward: Tensor, advantage: Tensor, updates: list[Counter],
-            s: Settings) -> dict:
+def summary(step: int, episodes: list[Episode], reward: Tensor, updates: list[Counter], s: Settings) -> dict:
     """The log line of a step. The entropy and length are of all sampled tokens; the clip fractions, KL and
     shaping of the scored ones, which are those of mixed groups if skip_zero. The gap between sampler and
     scorer is read in the first update, where both still have the same weights (None if it scored nothing)."""
+    updates = updates or [Counter()]            # while only the critic learns
     measured = updates[0]["tokens"] > 0
     tokens = sum(len(e.response) for e in episodes)
     total = Counter()
@@ -247,7 +311,7 @@ def summary(step: int, episodes: list[Episode], reward: Tensor, advantage: Tenso
     return {"step": step, "reward": float(reward.mean()), "length": tokens / len(episodes),
             "finished": sum(e.finished for e in episodes) / len(episodes),
             "entropy": float(torch.cat([e.entropy for e in episodes]).mean()),
-            "equal_groups": float((advantage.view(-1, s.samples) == 0).all(1).float().mean()),
+            "equal_groups": float((reward.view(-1, s.samples) == reward[::s.samples, None]).all(1).float().mean()),
             "shaping": mean(total, "shaping"), "clip_low": mean(total, "clipped_low"),
             "clip_high": mean(total, "clipped_high"), "kl": mean(total, "kl"), "loss": total["loss"] / len(updates),
             "gap_mean": mean(updates[0], "gap") if measured else None,
@@ -255,13 +319,12 @@ def summary(step: int, episodes: list[Episode], reward: Tensor, advantage: Tenso
             "grad_norm": sum(u["grad_norm"] for u in updates) / len(updates), "tokens": tokens}
 
 
-def step_times(run: Path) -> str:
+def step_times(log: list[dict]) -> str:
     """Where the time of a step goes, as medians of the log. Scoring is a part of the update; on a GPU its share is
     not exact, since the host does not wait for the card there."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    seconds = {part: statistics.median(line[f"{part}_s"] for line in lines) for part in ("rollout", "reward", "update", "score")}
-    return ("median seconds of a step: " + ", ".join(f"{part} {value:.2f}" for part, value in seconds.items() if part != "score")
-            + f" (of it {seconds['score']:.2f} scoring, forward)")
+    median = {part: statistics.median(line[f"{part}_s"] for line in log) for part in ("rollout", "reward", "update", "score")}
+    return (f"median seconds of a step: rollout {median['rollout']:.2f}, reward {median['reward']:.2f}, "
+            f"update {median['update']:.2f} (of it {median['score']:.2f} scoring, forward)")
 
 
 def peak_memory(device: torch.device) -> float:
@@ -271,31 +334,13 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def open_run(s: Settings) -> Path:
-    """Makes the run's folder, with the settings in config.json. FileExistsError if there is one; --overwrite
-    replaces it only if it is a run, and not the one that the model comes from."""
-    name = s.name or run_name(s)
-    if name in (".", "..") or name != Path(name).name:
-        raise ValueError(f"--name must be the name of a folder in --out, not a path; it is {name!r}")
-    run = Path(s.out) / name
-    if run.exists():
-        if not s.overwrite:
-            raise FileExistsError(f"the run folder {run} exists; give another --name, or --overwrite to replace it")
-        if not (run / "config.json").exists() or "alpha" not in read_json(run / "config.json"):
-            raise FileExistsError(f"{run} is not a run folder, so --overwrite leaves it alone; give another --name")
-        if run.resolve() in (Path(s.model).resolve(), *Path(s.model).resolve().parents):
-            raise ValueError(f"--overwrite would delete {s.model}, which this run starts from; give another --name")
-        shutil.rmtree(run)
-    run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps(dataclasses.asdict(s), indent=2) + "\n")
-    print(f"{run}: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(s).items() if value != ""))
-    return run
-
-
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
-        train(parse_flags(Settings, __doc__))
+        settings = parse_flags(Settings, __doc__)
+        train(resumed(settings) if settings.resume else settings)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped; the run's folder keeps its log and the last saved model, if any step saved one")
+        sys.exit(f"train.py: stopped; go on with: python train.py --resume {stop.run}" if stop.run else "train.py: stopped")

@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from advantage import group_advantage, policy_loss, shape_with_entropy
+from advantage import gae, group_advantage, policy_loss, shape_with_entropy, value_loss, whiten
 
 
 def test_group_advantage_equals_the_formula():
@@ -127,3 +127,65 @@ def test_the_docstring_example():
     import doctest
     import advantage
     assert doctest.testmod(advantage).attempted and doctest.testmod(advantage).failed == 0
+
+
+def slow_gae(reward, value, gamma, lam):
+    """One row, from the definition: A_t = sum over l of (gamma lam)^l delta_(t+l)."""
+    n = len(reward)
+    delta = [reward[t] + gamma * (value[t + 1] if t + 1 < n else 0.0) - value[t] for t in range(n)]
+    return [sum((gamma * lam) ** (u - t) * delta[u] for u in range(t, n)) for t in range(n)]
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.9, 0.8), (1.0, 0.0), (0.0, 1.0), (0.99, 0.95)])
+@pytest.mark.parametrize("left, right", [(0, 0), (3, 0), (0, 5), (2, 4)])
+def test_gae_equals_a_slow_loop_for_any_padding(gamma, lam, left, right):
+    g = torch.Generator().manual_seed(0)
+    lengths, width = [5, 1, 8, 3], 8
+    rows = [(torch.randn(n, generator=g), torch.randn(n, generator=g)) for n in lengths]
+    shape = (len(rows), left + width + right)
+    reward, value = torch.full(shape, 9.0), torch.full(shape, -7.0)         # padding that would do harm
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for i, (r, v) in enumerate(rows):
+        reward[i, left:left + len(r)], value[i, left:left + len(r)], mask[i, left:left + len(r)] = r, v, True
+    advantage, ret = gae(reward, value, mask, gamma, lam)
+    for i, (r, v) in enumerate(rows):
+        want = slow_gae(r.tolist(), v.tolist(), gamma, lam)
+        assert advantage[i, mask[i]].tolist() == pytest.approx(want, abs=1e-5)
+        assert ret[i, mask[i]].tolist() == pytest.approx([a + b for a, b in zip(want, v.tolist())], abs=1e-5)
+    assert (advantage[~mask] == 0).all() and (ret[~mask] == 0).all()
+
+
+def test_gae_without_discount_is_the_reward_minus_the_value():
+    """A reward on the last token only, of a right answer and of one that was cut: the same rule for both."""
+    value = torch.tensor([[0.5, -0.25, 0.125], [0.0, 0.75, 0.0]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    advantage, ret = gae(torch.tensor([[0.0, 0.0, 1.0], [0.0, -1.0, 0.0]]), value, mask, 1.0, 1.0)
+    assert advantage.tolist() == [[0.5, 1.25, 0.875], [-1.0, -1.75, 0.0]]
+    assert ret.tolist() == [[1.0, 1.0, 1.0], [-1.0, -1.0, 0.0]]
+
+
+def test_whitening_ignores_padding():
+    x = torch.tensor([[1.0, 3.0, 100.0], [8.0, -50.0, 7.0]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    values = [1.0, 3.0, 8.0]
+    want = [(v - 4.0) / (statistics.stdev(values) + 1e-6) for v in values]
+    got = whiten(x, mask)
+    assert got[mask].tolist() == pytest.approx(want, abs=1e-6) and (got[~mask] == 0).all()
+    assert whiten(torch.full((2, 3), 0.1), mask)[mask].abs().max() < 1e-2   # equal values: rounding is not blown up
+    assert whiten(torch.tensor([[5.0, 1.0]]), torch.tensor([[True, False]])).tolist() == [[0.0, 0.0]]
+
+
+def test_value_loss_and_its_gradient_by_hand():
+    # clip 0.5   value  old  return  kept  larger square         gradient of half of it
+    table = [(0.20, 0.0, 1.0, 0.20, 0.8 ** 2, -0.8),            # within the clip
+             (0.80, 0.0, 1.0, 0.50, 0.5 ** 2, 0.0),             # moved far enough towards the return: cut
+             (-0.80, 0.0, 1.0, -0.50, 1.8 ** 2, -1.8),          # moved away from it: pulled back
+             (2.00, 0.0, 1.0, 0.50, 1.0 ** 2, 1.0),             # overshot by more than the clip is short
+             (9.00, 0.0, 1.0, 0.50, None, None)]                # padding
+    value, old, ret = (torch.tensor(column) for column in list(zip(*table))[:3])
+    value.requires_grad_()
+    mask = torch.tensor([True] * 4 + [False])
+    loss = value_loss(value, old, ret, mask, 0.5, 8)
+    assert loss.item() == pytest.approx(sum(row[4] for row in table[:4]) / 2 / 8, abs=1e-6)
+    loss.backward()
+    assert value.grad.tolist() == pytest.approx([row[5] / 8 for row in table[:4]] + [0.0], abs=1e-6)
