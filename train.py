@@ -208,9 +208,10 @@ def train(s: Settings) -> Path | None:
                       getattr(torch, s.dtype))
     if s.dry_run:           # no response ends, and the forward pass leaves nothing out
         sampler.eos_ids, problems, s = (-1,), [longest], dataclasses.replace(s, steps=1, skip_zero=False, critic_warmup=0)
-    run, done = (Path(s.name), 0) if s.dry_run else (Path(s.resume), load_state(Path(s.resume), parts)) if s.resume else (open_run(s, s.name or run_name(s)), 0)
+    run = Path(s.resume) if s.resume else Path("(dry run)") if s.dry_run else open_run(s, s.name or run_name(s))
+    done = saved = load_state(run, parts)
     sampler.sync()
-    stop.run, saved = run, done
+    stop.run = None if s.dry_run else run
     log, validated = (read_lines(run / file, done) for file in ("log.jsonl", "validation.jsonl"))
     group = torch.arange(s.prompts).repeat_interleave(s.samples)
 

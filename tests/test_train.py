@@ -52,7 +52,8 @@ def spread(episodes, advantage):
 MIXED = torch.tensor([1.5, -0.5, -0.5, -0.5, 0, 0, 0, 0, 0.87, 0.87, -0.87, -0.87])
 
 
-def test_gradient_equals_a_slow_loop_for_any_split_with_or_without_zero_advantage_sequences(qwen2):
+@pytest.mark.parametrize("beta", [0.0, 0.7])
+def test_gradient_equals_a_slow_loop_for_any_split_with_or_without_zero_advantage_sequences(qwen2, beta):
     folder, reference = qwen2()
     reference = reference.double()
     with torch.no_grad():
@@ -65,13 +66,14 @@ def test_gradient_equals_a_slow_loop_for_any_split_with_or_without_zero_advantag
         z = reference(torch.cat((e.prompt, e.response))[None]).logits[0, len(e.prompt) - 1:-1] / temperature
         for t, token in enumerate(e.response):              # every response token, the end token included
             logp = z[t].log_softmax(-1)
-            h = -float((logp.exp() * logp).sum().detach())
+            entropy = -(logp.exp() * logp).sum()
+            h = float(entropy.detach())
             shaped = a + min(alpha * h, abs(a) / kappa)
             ratio = (logp[token] - e.logp[t].double()).exp()
             clipped += not 1 - low < float(ratio.detach()) < 1 + high
-            loss = loss - torch.min(ratio * shaped, ratio.clamp(1 - low, 1 + high) * shaped) / tokens
-            if a != 0:
-                shaping += (shaped - a) / abs(a)
+            loss = loss - torch.min(ratio * shaped, ratio.clamp(1 - low, 1 + high) * shaped) / tokens - beta * entropy / tokens
+            if a != 0 or beta:
+                shaping += (shaped - a) / abs(a) if a else 0.0
                 gap_max = max(gap_max, abs(math.log(float(ratio.detach()))))
     loss.backward()
     assert clipped > 10
@@ -83,11 +85,11 @@ def test_gradient_equals_a_slow_loop_for_any_split_with_or_without_zero_advantag
             for chunk in (5, 2048):
                 got, sums = gradient(folder, make_episodes, MIXED, micro_tokens=micro_tokens, chunk=chunk,
                                            skip_zero=skip_zero, temperature=temperature, alpha=alpha, kappa=kappa,
-                                           clip_low=low, clip_high=high)
+                                           clip_low=low, clip_high=high, entropy_coef=beta)
                 for name in want:
                     assert (got[name] - want[name]).abs().max() <= 1e-5 * size, (name, micro_tokens, skip_zero)
                 assert sums["loss"] == pytest.approx(loss.item(), abs=1e-5)
-                live = [e for e, a in zip(episodes, MIXED) if a != 0 or not skip_zero]
+                live = [e for e, a in zip(episodes, MIXED) if a != 0 or not skip_zero or beta]
                 assert sums["tokens"] == sum(len(e.response) for e in live)
                 assert sums["shaping"] == pytest.approx(shaping, rel=1e-4)
                 assert sums["gap_max"] >= gap_max - 1e-4 and (not skip_zero or sums["gap_max"] < gap_max + 1e-4)
