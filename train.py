@@ -3,7 +3,7 @@
 `python train.py` trains the embedded base model on countdown with GRPO and the paper's line; every setting
 below is a flag. The whole method is `train` and `update`, one screen each.
 
-Departs from the paper: scaled down. 32 prompts x 16 samples and 2 updates per rollout instead of 512 x 8 and
+Departs from the paper: scaled down. 32 prompts x 16 samples and 8 updates per rollout instead of 512 x 8 and
 16, responses of 128 tokens instead of 8K, a learning rate for 0.4 M parameters instead of 7 B. As in the
 paper: kappa 2, alpha 0.4, clip 0.2 / 0.28, token-level mean, no KL term, no entropy term, reward +1 / -1.
 """
@@ -41,11 +41,11 @@ class Settings:
     overwrite: bool = flag(False, "replace an existing run folder of this name")
     model: str = flag("base", "model to start from: a folder or a hub id")
     task: str = flag("countdown", "the task")
-    steps: int = flag(150, "rollouts")
+    steps: int = flag(100, "rollouts")
     prompts: int = flag(32, "problems per rollout")
     samples: int = flag(16, "answers per problem, the group of GRPO")
-    minibatch: int = flag(16, "problems per optimizer step")
-    lr: float = flag(4e-4, "AdamW's learning rate, constant")
+    minibatch: int = flag(4, "problems per optimizer step")
+    lr: float = flag(2e-4, "AdamW's learning rate, constant")
     weight_decay: float = flag(0.01, "AdamW's weight decay")
     grad_clip: float = flag(1.0, "largest gradient norm")
     alpha: float = flag(0.4, "weight of the entropy in the paper's line; 0 is plain GRPO")
