@@ -4,7 +4,7 @@
 below is a flag. The whole method is `train` and `update`, one screen each. `--algo ppo` takes a critic's word
 for what is usual where GRPO takes the group's mean; the rest is the same.
 
-Departs from the paper: scaled down. 32 prompts x 16 samples and 2 updates per rollout instead of 512 x 8 and
+Departs from the paper: scaled down. 32 prompts x 16 samples and 8 updates per rollout instead of 512 x 8 and
 16, responses of 128 tokens instead of 8K, learning rates for 0.4 M parameters instead of 7 B. As in the
 paper: kappa 2, alpha 0.4 (PPO 0.1), clip 0.2 / 0.28, token-level mean, no KL term, no entropy term, reward
 +1 / -1, gamma = lambda = 1, 10 steps in which only the critic learns.
@@ -47,11 +47,11 @@ class Settings:
     algo: str = flag("grpo", "where advantages come from: the group (grpo) or a critic (ppo)", choices=("grpo", "ppo"))
     model: str = flag("base", "model to start from: a folder or a hub id")
     task: str = flag("countdown", "the task")
-    steps: int = flag(150, "rollouts")
+    steps: int = flag(100, "rollouts")
     prompts: int = flag(32, "problems per rollout")
     samples: int = flag(16, "answers per problem, the group of GRPO")
-    minibatch: int = flag(16, "problems per optimizer step")
-    lr: float = flag(4e-4, "AdamW's learning rate, constant")
+    minibatch: int = flag(4, "problems per optimizer step")
+    lr: float = flag(2e-4, "AdamW's learning rate, constant")
     weight_decay: float = flag(0.01, "AdamW's weight decay")
     grad_clip: float = flag(1.0, "largest gradient norm")
     alpha: float = flag(None, "weight of the entropy in the paper's line; by default 0.4 for grpo, 0.1 for ppo; 0: without "
@@ -60,7 +60,7 @@ class Settings:
     clip_low: float = flag(0.2, "the ratio counts down to 1 - clip_low")
     clip_high: float = flag(0.28, "the ratio counts up to 1 + clip_high (clip-higher)")
     entropy_coef: float = flag(0.0, "weight of the mean entropy in the objective (classical entropy regularisation)")
-    critic_lr: float = flag(8e-4, "ppo: AdamW's learning rate for the critic")
+    critic_lr: float = flag(4e-4, "ppo: AdamW's learning rate of the critic")
     critic_warmup: int = flag(10, "ppo: first steps, in which only the critic learns")
     gamma: float = flag(1.0, "ppo: discount per token")
     lam: float = flag(1.0, "ppo: lambda of generalised advantage estimation")

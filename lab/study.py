@@ -139,6 +139,18 @@ def tables(results: Path) -> str:
     return "\n".join(lines)
 
 
+def tuning(results: Path) -> str:
+    """What was tried before the settings were frozen, as a Markdown table, from the counts in tuning.json."""
+    rows = json.loads((results / "tuning.json").read_text())
+    lines = ["| learning rate | prompts × samples | minibatch | steps | Pass@1 | Pass@64 | CPU seconds |", "|---" * 7 + "|"]
+    for r in rows:
+        table = pass_table(r["solved"], r["samples"], (1, 64))
+        cells = [f"{m:.3f} [{l:.3f}, {h:.3f}]" for m, l, h in zip(table.mean(0), *bootstrap(table))]
+        lines.append(f"| {r['lr']:g} | {r['prompts']} × {r['samples_per_prompt']} | {r['minibatch']} | {r['steps']} | "
+                     f"{' | '.join(cells)} | {r['cpu_seconds']:.0f} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     settings = parse_flags(Settings, __doc__)
     try:
@@ -147,7 +159,7 @@ if __name__ == "__main__":
         else:
             if not settings.tables:
                 study(settings)
-            print(tables(Path(settings.results)))
+            print(tables(Path(settings.results)), tuning(Path("lab/results")), sep="\n\n")
     except subprocess.CalledProcessError as error:
         sys.exit(f"lab.study: {' '.join(error.cmd[1:])} failed: {error.stderr.strip().splitlines()[-1:]}")
     except (ValueError, OSError) as error:

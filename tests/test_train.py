@@ -319,7 +319,7 @@ def command(monkeypatch, script, *arguments):
     ("--alpha -0.1", "--alpha must be at least 0; it is -0.1"), ("--alpha nan", "--alpha must be"),
     ("--kappa 1", "--kappa must be greater than 1"), ("--kappa inf", "--kappa must be"),
     ("--samples 1", "a group of one has no baseline"), ("--minibatch 5", "--minibatch must be a divisor of --prompts, 32; it is 5"),
-    ("--minibatch 0", "--minibatch"), ("--clip-low 1.5", "--clip-low"), ("--temperature 0", "--temperature must be from 0.001 to 1000"), ("--prompts 8", "a divisor of --prompts, 8; it is 16"),
+    ("--minibatch 0", "--minibatch"), ("--clip-low 1.5", "--clip-low"), ("--temperature 0", "--temperature must be from 0.001 to 1000"), ("--prompts 6", "a divisor of --prompts, 6; it is 4"),
     ("--steps -1", "--steps"), ("--prompts 0", "--prompts"), ("--model ./nowhere", "there is no model folder ./nowhere"),
     ("--task chess", "unknown task 'chess'"), ("--device cuda:99", "cannot be used here"),
     ("--device meta", "only cpu and cuda"), ("--device nonsense", "cannot be used here"),
