@@ -9,8 +9,8 @@
 Pure functions of tensors; this file imports only torch, so you can lift it into another project as it is.
 
 Departs from the paper: nowhere in what it states. Where it is silent, this follows verl, which its
-experiments ran in: the unbiased standard deviation, + 1e-6, whitened advantages in PPO. verl's dual clip (a second bound for A < 0 and
-large ratios) is left out on purpose: neither the paper nor PPO has it.
+experiments ran in: the unbiased standard deviation, + 1e-6, whitened advantages in PPO. verl's dual clip (a
+second bound for A < 0 and large ratios) is left out on purpose: neither the paper nor PPO has it.
 """
 
 from __future__ import annotations

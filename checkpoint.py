@@ -7,8 +7,8 @@
     model/               the policy as a Hugging Face folder
 
 A step's log line is on the disk before the state that contains the step, and a state takes its place in one rename.
-So whenever a run is killed, the log holds at least what the state holds; --resume leaves out what is beyond it and does
-those steps again, with the same random numbers. Nothing is pickled.
+So whenever a run is killed, the log holds at least what the state holds; --resume leaves out what is beyond it and
+does those steps again, with the same random numbers. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import shutil
+import statistics
+import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from model import read_json, write_tensors
+from model import read_json, save
+from rollout import Episode
 
 
 def open_run(s, name: str) -> Path:
@@ -29,101 +35,209 @@ def open_run(s, name: str) -> Path:
     replaces it only if it is a run, and not the one that the model comes from."""
     if name in (".", "..") or name != Path(name).name:
         raise ValueError(f"--name must be the name of a folder in --out, not a path; it is {name!r}")
-    run = Path(s.out) / name
+    run, fresh = Path(s.out, name), Path(s.out, name + ".tmp")
     if run.exists():
         if not s.overwrite:
-            raise FileExistsError(f"the run folder {run} exists; give another --name, or --overwrite to replace it")
+            raise FileExistsError(f"the run folder {run} exists; go on with it by --resume {run}, give another --name, "
+                                  "or --overwrite to replace it")
         if not (run / "config.json").exists() or "alpha" not in read_json(run / "config.json"):
             raise FileExistsError(f"{run} is not a run folder, so --overwrite leaves it alone; give another --name")
         if run.resolve() in (Path(s.model).resolve(), *Path(s.model).resolve().parents):
             raise ValueError(f"--overwrite would delete {s.model}, which this run starts from; give another --name")
         shutil.rmtree(run)
-    run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps(dataclasses.asdict(s), indent=2) + "\n")
-    print(f"{run}: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(s).items() if value != ""))
+    fresh.mkdir(parents=True, exist_ok=True)
+    write_text(fresh / "config.json", json.dumps(dataclasses.asdict(s), indent=2) + "\n")
+    os.rename(fresh, run)                                   # so a run folder never lacks its settings
+    print(f"{run}: " + ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(s).items()
+                                 if value not in ("", None)))
     return run
 
 
-def resumed(s):
-    """The settings of the run folder s.resume. FileNotFoundError if it is none; ValueError if other flags came with
-    --resume, or the folder's settings are not those of this version."""
-    if s != type(s)(resume=s.resume):
+def resumed(folder: str, arguments: list[str], settings_class):
+    """The settings of a run folder. FileNotFoundError if it is none; ValueError if other flags came with --resume, or
+    the folder's settings are not ones that this version knows."""
+    if any(a.startswith("--") and a.split("=")[0] != "--resume" for a in arguments):
         raise ValueError("--resume takes all settings from the run; no other flag goes with it")
-    file = Path(s.resume, "config.json")
-    if not file.exists():
-        raise FileNotFoundError(f"there is no run {s.resume}: it has no config.json")
-    config = read_json(file)
-    if set(config) != set(vars(s)):
-        raise ValueError(f"{file} is not of this version of train.py")
-    return type(s)(**config | {"resume": s.resume})
+    file = Path(folder, "config.json")
+    if not folder or not file.exists():
+        raise FileNotFoundError(f"there is no run {folder!r}: it has no config.json")
+    config, usual = read_json(file), settings_class()
+    if odd := sorted(set(config) ^ set(vars(usual))):
+        raise ValueError(f"{file} is of another version of train.py: the two differ in {', '.join(odd)}")
+    for field in dataclasses.fields(settings_class):
+        value, default = config[field.name], getattr(usual, field.name)
+        fits = default is None or type(value) is type(default) or (type(default), type(value)) == (float, int)
+        if not fits or value not in (field.metadata.get("choices") or [value]):
+            raise ValueError(f"{file}: {field.name} cannot be {value!r}")
+    return settings_class(**config | {"resume": folder})
+
+
+def write_text(file: Path, text: str) -> None:
+    """Beside its final place, flushed to the disk, and renamed."""
+    fresh = file.with_name(file.name + ".tmp")
+    with open(fresh, "w") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(fresh, file)
 
 
 def append(file: Path, record: dict) -> None:
     """A line of JSON, on the disk before this returns."""
-    with open(file, "a") as out:
-        out.write(json.dumps(record) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
+    try:
+        with open(file, "a") as out:
+            out.write(json.dumps(record) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError as error:
+        raise OSError(f"{file} could not be written ({error.strerror})") from None
 
 
-def read_lines(file: Path, done: int) -> list[dict]:
-    """The lines of steps 0..done, which are left alone in the file: a later one, whole or torn, will be made again."""
+def read_lines(file: Path, done: int, wanted: range) -> list[dict]:
+    """The lines of steps 0..done, which alone are left in the file: a later one, whole or torn, will be made again.
+    ValueError, and the file stays as it is, if one of the `wanted` steps is not there."""
+    text = file.read_text() if file.exists() else ""
     records = []
-    for text in file.read_text().splitlines() if file.exists() else ():
+    for line in text.splitlines():
         try:
-            record = json.loads(text)
+            record = json.loads(line)
         except json.JSONDecodeError:
             break
         records += [record] if record["step"] <= done else []
-    if file.exists():
-        fresh = file.with_name(file.name + ".tmp")
-        fresh.write_text("".join(json.dumps(record) + "\n" for record in records))
-        os.replace(fresh, file)
+    if missing := sorted(set(wanted) - {record["step"] for record in records}):
+        raise ValueError(f"{file} is damaged: the saved state is of step {done}, the line of step {missing[0]} is missing")
+    kept = "".join(json.dumps(record) + "\n" for record in records)
+    if kept != text:
+        write_text(file, kept)
     return records
 
 
-def save_state(run: Path, step: int, parts: dict[str, tuple]) -> None:
-    """All that a resumed run needs besides config.json: weights, AdamW's moments, and the step. Data order and
-    random numbers follow from (seed, step)."""
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file, written in a folder beside `path`, flushed to the disk and then renamed: whatever happens,
+    what was there before stays until the new one is whole. OSError if it cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    beside = path.with_name(path.name + ".tmp")             # a folder: safetensors makes a file of its own name in it
+    shutil.rmtree(beside, ignore_errors=True)               # what a kill left behind
+    beside.mkdir()
+    try:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, beside / path.name, metadata=metadata)
+        with open(beside / path.name, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside / path.name, path)
+    except SafetensorError as error:                        # also where the disk is full: no OSError
+        raise OSError(f"{path} could not be written ({error})") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def save_run(run: Path, step: int, parts: dict[str, tuple], tokenizer) -> None:
+    """model/, then the state: all that a resumed run needs besides config.json. Data order and random numbers follow
+    from (seed, step). parts: name -> (module, its optimizer). FloatingPointError, and nothing is written, if a number
+    is not finite."""
     tensors = {}
     for part, (module, optimizer) in parts.items():
         for name, parameter in module.named_parameters():
-            tensors[f"{part}/{name}/weight"] = parameter
+            tensors[f"{part}/{name}/weight"] = parameter.detach()
             tensors |= {f"{part}/{name}/{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f"{name} holds NaN or infinity")
+    save(parts["policy"][0], tokenizer, run / "model")
     write_tensors(tensors, run / "state.safetensors", {"step": str(step)})
 
 
 def load_state(run: Path, parts: dict[str, tuple]) -> int:
-    """Puts the saved state into place -> its step; 0 if the run was stopped before its first save."""
+    """Puts the saved state into place -> its step; 0 if the run was stopped before its first save. ValueError if it
+    cannot be read, does not fit the settings, or holds NaN or infinity."""
     from safetensors import SafetensorError, safe_open
 
     file = run / "state.safetensors"
     if not file.exists():
         return 0
     try:
-        saved = safe_open(file, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a readable safetensors file ({error})") from None
-    with saved:
-        for part, (module, optimizer) in parts.items():
-            for name, parameter in module.named_parameters():
-                kept = {key: saved.get_tensor(f"{part}/{name}/{key}") for key in ("weight", "step", "exp_avg", "exp_avg_sq")
-                        if f"{part}/{name}/{key}" in saved.keys()}
-                parameter.data.copy_(kept.pop("weight"))
-                if kept:
-                    optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in kept.items()}
-        return int(saved.metadata()["step"])
+        with safe_open(file, "pt") as saved:
+            step, keys = int(saved.metadata()["step"]), set(saved.keys())
+            for part, (module, optimizer) in parts.items():
+                for name, parameter in module.named_parameters():
+                    prefix = f"{part}/{name}/"
+                    kept = {key.removeprefix(prefix): saved.get_tensor(key) for key in keys if key.startswith(prefix)}
+                    keys -= {prefix + key for key in kept}
+                    if not all(tensor.isfinite().all() for tensor in kept.values()):
+                        raise ValueError(f"{prefix[:-1]} holds NaN or infinity")
+                    if any(t.shape != parameter.shape for key, t in kept.items() if key != "step"):
+                        raise ValueError(f"{prefix[:-1]} has another shape")
+                    parameter.data.copy_(kept.pop("weight"))
+                    if kept:
+                        optimizer.state[parameter] = {"step": kept["step"]} | {
+                            key: kept[key].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+            if keys:
+                raise ValueError(f"{min(keys)} belongs to another model or algorithm")
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not a whole state of this run ({type(error).__name__}: {error})") from None
+    return step
+
+
+def summary(step: int, episodes: list[Episode], reward: Tensor, updates: list[Counter], samples: int) -> dict:
+    """The log line of a step. The entropy and length are of all sampled tokens; the clip fractions, KL and
+    shaping of the scored ones, which are those of mixed groups if skip_zero. The gap between sampler and
+    scorer is read in the first update, where both still have the same weights. None is what was not measured:
+    nothing was scored, or only the critic learned."""
+    tokens, total = sum(len(e.response) for e in episodes), Counter()
+    for sums in updates:
+        total.update(sums)                      # not sum(): adding Counters drops what is not positive
+    first = updates[0] if updates else Counter()
+    mean = lambda sums, name: sums[name] / sums["tokens"] if sums["tokens"] else None
+    per_update = lambda name: total[name] / len(updates) if updates else None
+    return {"step": step, "reward": float(reward.mean()), "length": tokens / len(episodes),
+            "finished": sum(e.finished for e in episodes) / len(episodes),
+            "entropy": float(torch.cat([e.entropy for e in episodes]).mean()),
+            "equal_groups": float((reward.view(-1, samples) == reward[::samples, None]).all(1).float().mean()),
+            "shaping": mean(total, "shaping"), "clip_low": mean(total, "clipped_low"),
+            "clip_high": mean(total, "clipped_high"), "kl": mean(total, "kl"), "loss": per_update("loss"),
+            "gap_mean": mean(first, "gap"), "gap_max": first["gap_max"] if first["tokens"] else None,
+            "grad_norm": per_update("grad_norm"), "tokens": tokens}
+
+
+def explained(updates: list[Counter], value: Tensor, ret: Tensor) -> dict:
+    """The critic's part of a log line; value, ret [tokens]. Equal returns leave no variance to explain: None."""
+    spread = float(ret.var()) if len(ret) > 1 else 0.0
+    return {"value_loss": sum(u["loss"] for u in updates) / len(updates),
+            "critic_grad_norm": sum(u["grad_norm"] for u in updates) / len(updates),
+            "explained_variance": 1 - float((ret - value).var()) / spread if spread > 1e-8 else None}
+
+
+def step_times(log: list[dict]) -> str:
+    """Where the time of a step goes, as medians of the log. Scoring is a part of the update; on a GPU its share is
+    not exact, since the host does not wait for the card there."""
+    median = {part: statistics.median(line[f"{part}_s"] for line in log)
+              for part in ("rollout", "reward", "update", "score")}
+    return (f"median seconds of a step: rollout {median['rollout']:.2f}, reward {median['reward']:.2f}, "
+            f"update {median['update']:.2f} (of it {median['score']:.2f} scoring, forward)")
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB: of the card's allocations on a GPU, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 class Stop:
-    """Ctrl-C or SIGTERM: a first one lets the step in hand be finished and saved; between steps, and the second time,
-    it stops at once."""
-    asked, in_step, run = False, False, None
+    """Where the run is, for whoever stops it. A first Ctrl-C or SIGTERM lets the step in hand be finished and saved; a
+    second one, or a first while nothing would be lost, stops at once."""
+    asked, in_steps, run, saved, where = False, False, None, 0, ""
 
     def __call__(self, number: int, frame) -> None:
-        if self.asked or not self.in_step:
+        if self.asked or not self.in_steps:
             raise KeyboardInterrupt
         self.asked = True
+        os.write(2, b"\nfinishing this step and saving; once more stops at once\n")
+
+    def way_on(self) -> str:
+        return f"; go on from step {self.saved} with: python train.py --resume {self.run}" if self.run else ""
 
 
 stop = Stop()

@@ -141,7 +141,8 @@ class Settings:
     models: tuple = flag((), "model folders, run folders or hub ids; the first is what the others are compared with",
                          nargs="+", type=str)
     task: str = flag("countdown", "the task")
-    split: str = flag("validation", "problems to use; keep test for the day when the settings are frozen", choices=("train", "validation", "test"))
+    split: str = flag("validation", "problems to use; keep test for the day when the settings are frozen",
+                      choices=("train", "validation", "test"))
     problems: int = flag(200, "how many problems, from the start of the split (0: all)")
     samples: int = flag(256, "samples per problem, the n of Pass@K")
     k: str = flag("", "the K of Pass@K, separated by commas; by default 1,4,16,64,256 as far as --samples goes")

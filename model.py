@@ -177,7 +177,9 @@ class Critic(nn.Module):
         """tokens [B, T] padded on the right -> fp32 values [B, T-1]: column t is the value of the text up to token
         t, the state in which token t+1 is chosen (score's columns)."""
         position = torch.arange(tokens.shape[1] - 1, device=tokens.device)
-        return self.value(self.body(tokens[:, :-1], position.expand(len(tokens), -1)))[..., 0].float()
+        hidden = self.body(tokens[:, :-1], position.expand(len(tokens), -1))            # [B, T-1, width]
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.value(hidden.float())[..., 0]
 
 
 def rope_theta(config: dict) -> float:
@@ -307,40 +309,32 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A safetensors file, written beside `path`, flushed to the disk and then renamed: whatever happens, what was
-    there before stays until the new one is whole. OSError if it cannot be written."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    fresh = path.with_name(path.name + ".tmp")
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, fresh, metadata=metadata)
-        with open(fresh, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-    except SafetensorError as error:                                # also where the disk is full: no OSError
-        raise OSError(f"{path} could not be written ({error})") from None
-    finally:
-        fresh.unlink(missing_ok=True)
-
-
 def save(model: Transformer, tokenizer, directory: str | Path) -> None:
     """Writes what transformers' from_pretrained loads, with the weights in the type they have here. The folder is
     written beside its final place and renamed when it is whole: after a full disk or a kill the earlier one is
     there, at worst (killed between the two renames) as NAME.old. OSError if it cannot be written."""
+    from safetensors.torch import save_file
+
     directory = Path(directory)
     fresh, old = directory.with_name(directory.name + ".tmp"), directory.with_name(directory.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    weights = {name if name.startswith("lm_head") else "model." + name: t for name, t in model.state_dict().items()}
-    write_tensors(weights, fresh / "model.safetensors", {"format": "pt"})
-    dtype = str(model.head.dtype).removeprefix("torch.")
-    config = {key: value for key, value in model.config.items() if key != "torch_dtype"} | {"dtype": dtype}
-    (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    eos = model.eos_ids[0] if len(model.eos_ids) == 1 else list(model.eos_ids)
-    (fresh / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}, indent=2) + "\n")
-    tokenizer.save_pretrained(fresh)
+    try:
+        fresh.mkdir(parents=True)
+        weights = {name if name.startswith("lm_head") else "model." + name: tensor.detach().cpu().contiguous()
+                   for name, tensor in model.state_dict().items()}
+        save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
+        dtype = str(model.head.dtype).removeprefix("torch.")
+        config = {key: value for key, value in model.config.items() if key != "torch_dtype"} | {"dtype": dtype}
+        (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        eos = model.eos_ids[0] if len(model.eos_ids) == 1 else list(model.eos_ids)
+        (fresh / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}, indent=2) + "\n")
+        tokenizer.save_pretrained(fresh)
+        for file in fresh.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+    except Exception as error:                              # on a full disk tokenizers raises a bare Exception
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise OSError(f"{directory} could not be written ({error})") from None
     if directory.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.rename(directory, old)

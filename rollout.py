@@ -26,7 +26,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import Transformer, response_mask
-from task import Problem
 
 CHECK_EVERY = 8             # tokens between two looks at the finished flags
 PREFILL_TOKENS = 16384      # prompt tokens (with padding) per prefill, which bounds its memory
@@ -49,7 +48,7 @@ def seeded_generator(seed: int, step: int, stream: str, device: str | torch.devi
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def draw(problems: list[Problem], count: int, step: int, seed: int) -> list[Problem]:
+def draw(problems: Sequence, count: int, step: int, seed: int) -> list:
     """The problems of a step: a new shuffle every epoch, from (seed, epoch) alone."""
     chosen = []
     for i in range(step * count, (step + 1) * count):
@@ -188,7 +187,8 @@ class Sampler:
             busy = [slot for slot in range(rows) if owner[slot] >= 0]
             if started == len(queue) and 0 < len(busy) <= rows // 2:    # the tail: go on with the busy rows only
                 keep, rows, owner = torch.tensor(busy, device=self.device), len(busy), [owner[slot] for slot in busy]
-                cache, token, position, count, alive = cache[:, :, keep], token[keep], position[keep], count[keep], alive[keep]
+                cache, token, position = cache[:, :, keep], token[keep], position[keep]
+                count, alive = count[keep], alive[keep]
                 tokens, logps, entropies = tokens[keep], logps[keep], entropies[keep]
         bar.close()
         return episodes

@@ -15,9 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import resource
 import signal
-import statistics
 import sys
 import time
 from collections import Counter
@@ -30,9 +28,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from advantage import gae, group_advantage, policy_loss, shape_with_entropy, value_loss, whiten
-from checkpoint import append, load_state, open_run, read_lines, resumed, save_state, stop
+from checkpoint import (append, explained, load_state, open_run, peak_memory, read_lines, resumed, save_run, step_times,
+                        stop, summary, write_text)
 from evaluate import count_solved, flag, parse_flags, pick_device, report
-from model import Critic, Transformer, load, save, score
+from model import Critic, Transformer, load, score
 from rollout import Episode, Sampler, collate, draw, micro_batches, per_token, seeded_generator, texts
 from task import load_task
 
@@ -42,7 +41,7 @@ class Settings:
     name: str = flag("", "the run's folder under --out; by default the settings that differ from the defaults")
     out: str = flag("runs", "where run folders go")
     overwrite: bool = flag(False, "replace an existing run folder of this name")
-    resume: str = flag("", "go on with this run folder, with its settings")
+    resume: str = flag(None, "go on with this run folder, with its settings", type=str)
     dry_run: bool = flag(False, "only one step at the longest lengths; prints its time and memory")
     algo: str = flag("grpo", "where advantages come from: the group (grpo) or a critic (ppo)", choices=("grpo", "ppo"))
     model: str = flag("base", "model to start from: a folder or a hub id")
@@ -89,11 +88,14 @@ def check(s: Settings) -> None:
     """ValueError, in one sentence, for settings that make no sense."""
     for name, good, wanted in (
             ("alpha", s.alpha >= 0, "at least 0"), ("kappa", s.kappa > 1, "greater than 1, or shaping could flip a sign"),
-            ("samples", s.samples >= 2, "at least 2: a group of one has no baseline to compare with"),
+            ("samples", s.samples >= (2 if s.algo == "grpo" else 1),
+             "at least 2: a group of one has no baseline to compare with"),
+            ("critic_warmup", s.algo == "grpo" or s.critic_warmup < s.steps, "less than --steps, or the policy never moves"),
             ("minibatch", s.minibatch >= 1 and s.prompts % s.minibatch == 0, f"a divisor of --prompts, {s.prompts}"),
             ("clip_low", 0 <= s.clip_low < 1, "in [0, 1)"), ("clip_high", s.clip_high >= 0, "at least 0"),
             ("gamma", 0 <= s.gamma <= 1, "in [0, 1]"), ("lam", 0 <= s.lam <= 1, "in [0, 1]"),
-            *((name, getattr(s, name) >= 0, "at least 0") for name in ("entropy_coef", "critic_lr", "critic_warmup", "value_clip")),
+            *((name, getattr(s, name) >= 0, "at least 0")
+              for name in ("entropy_coef", "critic_lr", "critic_warmup", "value_clip")),
             ("lr", s.lr >= 0, "at least 0"), ("weight_decay", s.weight_decay >= 0, "at least 0"),
             ("temperature", 1e-3 <= s.temperature <= 1e3, "from 0.001 to 1000"), ("grad_clip", s.grad_clip > 0, "positive"),
             *((name, getattr(s, name) >= 1, "at least 1") for name in (
@@ -109,7 +111,8 @@ def run_name(s: Settings) -> str:
     """The algorithm, and every setting that differs from its default, so that two settings never share a folder."""
     usual = Settings(algo=s.algo)
     parts = [f"{f.name.replace('_', '')}={getattr(s, f.name)}" for f in dataclasses.fields(s)
-             if f.name not in ("name", "out", "overwrite", "resume", "dry_run") and getattr(s, f.name) != getattr(usual, f.name)]
+             if f.name not in ("name", "out", "overwrite", "resume", "dry_run")
+             and getattr(s, f.name) != getattr(usual, f.name)]
     return quote("-".join([s.algo, *parts]), safe="=,-")
 
 
@@ -154,7 +157,8 @@ def update_critic(critic: Critic, optimizer: torch.optim.Optimizer, episodes: li
     """One optimizer step of the critic; value, ret [N, R]: the values before it, and what they should have been."""
     total, denominator = Counter(), sum(len(e.response) for e in episodes)
     for batch in micro_batches(episodes, s.micro_tokens):
-        tokens, _, _, mask, old, target = collate([episodes[i] for i in batch], critic.value.weight.device, value[batch], ret[batch])
+        tokens, _, _, mask, old, target = collate([episodes[i] for i in batch], critic.value.weight.device,
+                                                  value[batch], ret[batch])             # [B, T], then [B, T-1]
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
             new = critic(tokens)                                                                    # [B, T-1]
         loss = value_loss(new, old, target, mask, s.value_clip, denominator)
@@ -174,6 +178,15 @@ def values_of(critic: Critic, episodes: list[Episode], s: Settings) -> Tensor:
         for i, row in zip(batch, found.split([len(episodes[i].response) for i in batch])):
             values[i] = row
     return per_token(values)[0]
+
+
+def critic_advantage(critic: Critic, episodes: list[Episode], reward: Tensor, counted: Tensor,
+                     s: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """reward [N], counted [N, R] -> whitened advantage, value, return, [N, R]. The reward is at the last token."""
+    value, at_end = values_of(critic, episodes, s), torch.zeros(counted.shape)
+    at_end[torch.arange(len(reward)), counted.sum(1) - 1] = reward
+    advantage, ret = gae(at_end, value, counted, s.gamma, s.lam)
+    return whiten(advantage, counted), value, ret
 
 
 def descend(module: torch.nn.Module, optimizer: torch.optim.Optimizer, total: Counter, s: Settings) -> Counter:
@@ -206,27 +219,33 @@ def train(s: Settings) -> Path | None:
     longest = max([*problems, *validation], key=lambda p: len(task.encode(p, tokenizer)))
     sampler = Sampler(model, s.slots, len(task.encode(longest, tokenizer)) + s.max_new_tokens, model.eos_ids,
                       getattr(torch, s.dtype))
-    if s.dry_run:           # no response ends, and the forward pass leaves nothing out
+    if s.dry_run:           # no response ends, the forward pass leaves nothing out, the cache is a validation's
         sampler.eos_ids, problems, s = (-1,), [longest], dataclasses.replace(s, steps=1, skip_zero=False, critic_warmup=0)
-    run = Path(s.resume) if s.resume else Path("(dry run)") if s.dry_run else open_run(s, s.name or run_name(s))
-    done = saved = load_state(run, parts)
-    sampler.sync()
-    stop.run = None if s.dry_run else run
-    log, validated = (read_lines(run / file, done) for file in ("log.jsonl", "validation.jsonl"))
+        rows = min(s.slots, max(s.prompts * s.samples, len(validation) * max(s.eval_samples, s.final_samples)))
+        sampler.cache = sampler.decoder.new_cache(rows, sampler.max_length)
+        run, done, log, validated = Path("dry run"), 0, [], []
+    else:
+        run = Path(s.resume) if s.resume else open_run(s, s.name or run_name(s))
+        done = load_state(run, parts)
+        log = read_lines(run / "log.jsonl", done, range(1, done + 1))
+        validated = read_lines(run / "validation.jsonl", done, range(0, done, s.eval_every))
+        sampler.sync()
+        stop.run, stop.saved = run, done
     group = torch.arange(s.prompts).repeat_interleave(s.samples)
 
     def validate(step: int) -> None:
         if (step % s.eval_every == 0 or step == s.steps) and step not in [v["step"] for v in validated] and not s.dry_run:
-            edge = step in (0, s.steps)
+            edge, stop.in_steps = step in (0, s.steps), False       # all is saved: a signal may stop this at once
             validated.append({"step": step} | count_solved(
                 sampler, tokenizer, task, validation, s.final_samples if edge else s.eval_samples, s.max_new_tokens,
                 s.temperature, 1.0, s.seed, step, f"validation, step {step}" if edge else None))
             append(run / "validation.jsonl", validated[-1])
+        stop.in_steps = not s.dry_run
 
     validate(done)
     bar = tqdm(range(done + 1, s.steps + 1), initial=done, total=s.steps, desc=run.name, unit="step", disable=None)
     for step in bar:
-        started, stop.in_step = time.perf_counter(), True
+        started = time.perf_counter()
         # sample
         batch = draw(problems, s.prompts, step - 1, s.seed)
         episodes = sampler.generate([task.encode(p, tokenizer) for p in batch], s.samples, s.max_new_tokens,
@@ -236,36 +255,30 @@ def train(s: Settings) -> Path | None:
         # reward
         reward = torch.tensor([task.reward(batch[e.prompt_index], response, e.finished)
                                for e, response in zip(episodes, texts(tokenizer, episodes))])   # [N]
-        rewarded = time.perf_counter()
+        rewarded, stop.where = time.perf_counter(), f"step {step}, with a mean reward of {reward.mean():.3f}"
         # advantage
-        counted = per_token([e.logp for e in episodes])[1]                                  # [N, R]
+        logp, counted = per_token([e.logp for e in episodes])                               # [N, R]
+        if not logp.isfinite().all():
+            raise FloatingPointError("a sampled log-probability is not finite")
         if s.algo == "grpo":
             advantage = group_advantage(reward, group)[:, None] * counted                   # [N, R]
         else:
-            value, at_end = values_of(critic, episodes, s), torch.zeros(counted.shape)      # [N, R]
-            at_end[torch.arange(len(reward)), counted.sum(1) - 1] = reward
-            advantage, ret = gae(at_end, value, counted, s.gamma, s.lam)
-            advantage = whiten(advantage, counted)
+            advantage, value, ret = critic_advantage(critic, episodes, reward, counted, s)  # [N, R]
         # score, shape, loss, step
         size, updates, critic_updates = s.minibatch * s.samples, [], []
-        try:
-            for i in range(0, len(episodes), size):
-                part = slice(i, i + size)
-                if s.algo == "ppo":
-                    critic_updates.append(update_critic(*parts["critic"], episodes[part], value[part], ret[part], s))
-                if s.algo == "grpo" or step > s.critic_warmup:
-                    updates.append(update(*parts["policy"], episodes[part], advantage[part], s))
-        except FloatingPointError as error:
-            raise FloatingPointError(f"step {step} stopped before its optimizer step: {error}; the mean reward was "
-                                     f"{reward.mean():.3f}; the last good state in {run} is of step {saved}") from None
+        for i in range(0, len(episodes), size):
+            part = slice(i, i + size)
+            if s.algo == "ppo":
+                critic_updates.append(update_critic(*parts["critic"], episodes[part], value[part], ret[part], s))
+            if s.algo == "grpo" or step > s.critic_warmup:
+                updates.append(update(*parts["policy"], episodes[part], advantage[part], s))
         sampler.sync()
         updated = time.perf_counter()
 
-        line = summary(step, episodes, reward, updates, s)
+        line = summary(step, episodes, reward, updates, s.samples)
+        line["arm"] = f"{s.algo}, alpha {s.alpha}, entropy_coef {s.entropy_coef}, clip_high {s.clip_high}"
         if s.algo == "ppo":
-            error = (ret - value)[counted].var() / ret[counted].var().clamp(min=1e-8)
-            line |= {"value_loss": sum(u["loss"] for u in critic_updates) / len(critic_updates),
-                     "explained_variance": 1 - float(error)}
+            line |= explained(critic_updates, value[counted], ret[counted])
         line |= {"rollout_s": rolled_out - started, "reward_s": rewarded - rolled_out,
                  "score_s": sum(u["score_s"] for u in updates), "update_s": updated - rewarded,
                  "rollout_tokens_per_s": line["tokens"] / (rolled_out - started),
@@ -276,63 +289,25 @@ def train(s: Settings) -> Path | None:
                   + step_times(log))
             return None
         append(run / "log.jsonl", line)
-        if step % s.eval_every == 0 or step == s.steps or stop.asked:
-            save(model, tokenizer, run / "model")
-            save_state(run, step, parts)
-            saved = step
-        stop.in_step = False
-        if stop.asked:
+        asked = stop.asked                      # read once: a signal from here on is for the next step
+        if step % s.eval_every == 0 or step == s.steps or asked:
+            save_run(run, step, parts, tokenizer)
+            stop.saved = step
+        if asked:
             raise KeyboardInterrupt
         validate(step)
-        if step % 20 == 0 and all(past["equal_groups"] == 1 for past in log[-20:]):
+        if s.algo == "grpo" and step % 20 == 0 and all(past["equal_groups"] == 1 for past in log[-20:]):
             tqdm.write(f"no group had both right and wrong answers in 20 steps, so nothing is learned (mean reward "
                        f"{line['reward']:+.2f}): try more --samples, easier problems or another template", file=sys.stderr)
         bar.set_postfix(reward=f"{line['reward']:+.2f}", entropy=f"{line['entropy']:.2f}", length=f"{line['length']:.0f}")
 
     results = {"base": validated[0], "trained": validated[-1]}
     table, record = report(results, [k for k in (1, 4, 16, 64, 256) if k <= s.final_samples])
-    (run / "validation.json").write_text(json.dumps(record) + "\n")
+    write_text(run / "validation.json", json.dumps(record) + "\n")
     print(f"\n{s.task} validation: {len(validation)} problems, {s.final_samples} samples each, temperature "
           f"{s.temperature}; 95 % intervals over problems\n{table}\n{step_times(log)}\nsaved: {run}/model (Hugging Face "
           f"format), {run}/log.jsonl (a line a step), {run}/validation.jsonl, {run}/config.json, {run}/validation.json")
     return run
-
-
-def summary(step: int, episodes: list[Episode], reward: Tensor, updates: list[Counter], s: Settings) -> dict:
-    """The log line of a step. The entropy and length are of all sampled tokens; the clip fractions, KL and
-    shaping of the scored ones, which are those of mixed groups if skip_zero. The gap between sampler and
-    scorer is read in the first update, where both still have the same weights (None if it scored nothing)."""
-    updates = updates or [Counter()]            # while only the critic learns
-    measured = updates[0]["tokens"] > 0
-    tokens = sum(len(e.response) for e in episodes)
-    total = Counter()
-    for sums in updates:
-        total.update(sums)                      # not sum(): adding Counters drops what is not positive
-    mean = lambda sums, name: sums[name] / max(1, sums["tokens"])
-    return {"step": step, "reward": float(reward.mean()), "length": tokens / len(episodes),
-            "finished": sum(e.finished for e in episodes) / len(episodes),
-            "entropy": float(torch.cat([e.entropy for e in episodes]).mean()),
-            "equal_groups": float((reward.view(-1, s.samples) == reward[::s.samples, None]).all(1).float().mean()),
-            "shaping": mean(total, "shaping"), "clip_low": mean(total, "clipped_low"),
-            "clip_high": mean(total, "clipped_high"), "kl": mean(total, "kl"), "loss": total["loss"] / len(updates),
-            "gap_mean": mean(updates[0], "gap") if measured else None,
-            "gap_max": updates[0]["gap_max"] if measured else None,
-            "grad_norm": sum(u["grad_norm"] for u in updates) / len(updates), "tokens": tokens}
-
-
-def step_times(log: list[dict]) -> str:
-    """Where the time of a step goes, as medians of the log. Scoring is a part of the update; on a GPU its share is
-    not exact, since the host does not wait for the card there."""
-    median = {part: statistics.median(line[f"{part}_s"] for line in log) for part in ("rollout", "reward", "update", "score")}
-    return (f"median seconds of a step: rollout {median['rollout']:.2f}, reward {median['reward']:.2f}, "
-            f"update {median['update']:.2f} (of it {median['score']:.2f} scoring, forward)")
-
-
-def peak_memory(device: torch.device) -> float:
-    """GB: of the card's allocations on a GPU, else of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 if __name__ == "__main__":
@@ -340,8 +315,11 @@ if __name__ == "__main__":
         signal.signal(number, stop)
     try:
         settings = parse_flags(Settings, __doc__)
-        train(resumed(settings) if settings.resume else settings)
-    except (ValueError, OSError, FloatingPointError) as error:
+        train(settings if settings.resume is None else resumed(settings.resume, sys.argv[1:], Settings))
+    except FloatingPointError as error:
+        sys.exit(f"train.py: stopped in {stop.where}: {error}; the last good state in {stop.run} is that of step "
+                 f"{stop.saved}; a new run from there (--model {stop.run}/model) with a lower --lr may help")
+    except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"train.py: stopped; go on with: python train.py --resume {stop.run}" if stop.run else "train.py: stopped")
+        sys.exit(f"train.py: stopped{stop.way_on()}")

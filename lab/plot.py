@@ -4,6 +4,7 @@
     pass_at_k.png  Pass@K on the validation problems, before and after, with 95 % intervals over problems
 
 Runs whose settings differ only in the seed are drawn together: the mean as a line, the smallest and largest as a band.
+A folder given twice counts once.
 Lines differ in dashes and markers as well as in shade, so that a print without colours can be read.
 """
 
@@ -22,29 +23,37 @@ from model import read_json
 from train import Settings as TrainSettings
 
 PANELS = (("reward", "mean reward, -1 to 1"), ("validation", "validation Pass@1"), ("length", "response length, tokens"),
-          ("entropy", "entropy, nats per token"), ("shaping", "ψ / |A|, mean over tokens"), ("clipped", "clipped tokens, fraction"))
+          ("entropy", "entropy, nats per token"), ("shaping", "ψ / |A|, mean over tokens"),
+          ("clipped", "clipped tokens, fraction"))
 STYLES = [dict(color=c, linestyle=l, marker=m) for c, l, m in
-          (("0.0", "-", "o"), ("0.45", "--", "s"), ("0.2", ":", "^"), ("0.6", "-.", "D"), ("0.3", (0, (5, 1, 1, 1)), "v"), ("0.7", (0, (1, 3)), "x"))]
+          (("0.0", "-", "o"), ("0.45", "--", "s"), ("0.2", ":", "^"), ("0.6", "-.", "D"), ("0.3", (0, (5, 1, 1, 1)), "v"),
+           ("0.7", (0, (1, 3)), "x"))]
 
 
 @dataclass
 class Settings:
     runs: tuple = flag((), "run folders", nargs="+", type=str)
-    out: str = flag("lab/figures", "folder for the two pictures")
+    out: str = flag("runs/figures", "folder for the two pictures")
 
 
 def read_run(folder: Path) -> dict:
-    """Settings, curves {name: {step: value}} and validation of a run. FileNotFoundError or ValueError name what is missing."""
+    """Settings, curves {name: {step: value}} and validation of a run, which may still be running. FileNotFoundError
+    or ValueError name what is missing."""
     for name in ("config.json", "log.jsonl"):
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder} is no run folder: it has no {name}")
+
+    def read(name: str) -> list[dict]:
+        lines = (folder / name).read_text().split("\n") if (folder / name).exists() else [""]
+        return [json.loads(line) for line in lines[:-1]]        # the last has no end: empty, or cut by a kill
+
     try:
-        settings = TrainSettings(**read_json(folder / "config.json"))
-        read = lambda name: [json.loads(line) for line in (folder / name).read_text().splitlines()]
-        log, validations = read("log.jsonl"), read("validation.jsonl") if (folder / "validation.jsonl").exists() else []
+        settings, log = TrainSettings(**read_json(folder / "config.json")), read("log.jsonl")
         curves = {name: {line["step"]: line[name] for line in log} for name in ("reward", "length", "entropy", "shaping")}
-        curves["clipped"] = {line["step"]: line["clip_low"] + line["clip_high"] for line in log}
-        curves["validation"] = {v["step"]: sum(v["solved"]) / len(v["solved"]) / v["samples"] for v in validations}
+        curves["clipped"] = {line["step"]: None if line["clip_low"] is None else line["clip_low"] + line["clip_high"]
+                             for line in log}
+        curves["validation"] = {v["step"]: sum(v["solved"]) / len(v["solved"]) / v["samples"]
+                                for v in read("validation.jsonl")}
     except (TypeError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} was not written by this version of train.py ({type(error).__name__}: {error})") from None
     final = read_json(folder / "validation.json") if (folder / "validation.json").exists() else None
@@ -53,19 +62,20 @@ def read_run(folder: Path) -> dict:
 
 def by_settings(runs: list[dict]) -> dict[str, list[dict]]:
     """Runs that differ in nothing but the seed (and where they are) -> one entry, named by what it has of its own."""
-    names = [f.name for f in dataclasses.fields(TrainSettings) if f.name not in ("name", "out", "overwrite", "resume", "seed")]
+    names = [f.name for f in dataclasses.fields(TrainSettings)
+             if f.name not in ("name", "out", "overwrite", "resume", "seed")]
     value = lambda run, name: getattr(run["settings"], name)
     own = [name for name in names if name != "algo" and len({value(run, name) for run in runs}) > 1]
     groups: dict[tuple, list[dict]] = {}
     for run in runs:
         groups.setdefault(tuple(value(run, name) for name in names), []).append(run)
     return {f"{', '.join([value(found[0], 'algo'), *(f'{name} {value(found[0], name)}' for name in own)])} "
-            f"({len(found)} seed{'s' * (len(found) > 1)})": found for found in groups.values()}
+            f"({len(found)} run{'s' * (len(found) > 1)})": found for found in groups.values()}
 
 
 def band(curves: list[dict[int, float]]) -> np.ndarray:
-    """Curves of several seeds -> rows of step, mean, smallest, largest, over the steps that all of them have."""
-    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    """Curves of several seeds -> rows of step, mean, smallest, largest, over the steps that all of them have measured."""
+    steps = sorted(set.intersection(*({step for step, value in curve.items() if value is not None} for curve in curves)))
     values = np.array([[curve[step] for curve in curves] for step in steps]).reshape(len(steps), len(curves))
     return np.column_stack([steps, values.mean(1), values.min(1), values.max(1)])
 
@@ -106,9 +116,11 @@ def draw(groups: dict[str, list[dict]], out: Path) -> list[Path]:
     if not finished:
         return written[:1]
     figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
-    curves = {"base": pass_curve(next(iter(finished.values()))[:1], "base")}
+    models = {run["settings"].model: run for runs in finished.values() for run in runs}
+    curves = {Path(model).name: pass_curve([run], "base") for model, run in models.items()}
     curves |= {group: pass_curve(runs, "trained") for group, runs in finished.items()}
-    for style, (label, curve) in zip([dict(color="0.5", linestyle=":", marker="."), *STYLES * len(curves)], curves.items()):
+    styles = [dict(color="0.5", linestyle=":", marker=".")] * len(models) + STYLES * len(curves)
+    for style, (label, curve) in zip(styles, curves.items()):
         k, mean, low, high = curve.T
         axis.plot(k, mean, label=label, markersize=4, linewidth=1.2, **style)
         axis.fill_between(k, low, high, color=style["color"], alpha=0.15, linewidth=0)
@@ -125,6 +137,7 @@ def draw(groups: dict[str, list[dict]], out: Path) -> list[Path]:
 if __name__ == "__main__":
     settings = parse_flags(Settings, __doc__)
     try:
-        print(*draw(by_settings([read_run(Path(run)) for run in settings.runs]), Path(settings.out)), sep="\n")
+        found = [read_run(Path(run)) for run in dict.fromkeys(settings.runs)]
+        print(*draw(by_settings(found), Path(settings.out)), sep="\n")
     except (ValueError, OSError) as error:
         sys.exit(f"lab.plot: {error}")

@@ -4,8 +4,8 @@ It trains, measures on the *test* problems once, and prints the tables. Run it w
 are frozen, not before. `--tables` prints them again from the saved counts, without running anything.
 
 Each finished run leaves lab/results/ARM-SEED.json.gz: right answers per test problem and what the responses did. A
-run that has left its file is not done again, so an interrupted study goes on where it was; one whose training had
-finished is only measured. Two single-threaded processes work side by side. Seeds vary data order and sampling; the
+run that has left its file is not done again, so an interrupted study goes on where it was; one whose training was
+stopped goes on from its last save. Two single-threaded processes work side by side. Seeds vary data order and sampling; the
 base model is the same.
 
 Two intervals stand side by side because they answer different questions: over problems (bootstrap, as in evaluate.py)
@@ -77,8 +77,10 @@ def work(arm: str, seed: int, s: Settings) -> None:
                                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if arm in ARMS:
         folder = f"{s.runs}/{key(arm, seed)}"
-        if not Path(folder, "validation.json").exists():        # the last thing that a finished run writes
-            run("train.py", "--out", s.runs, "--name", key(arm, seed), "--overwrite", "--seed", str(seed), *ARMS[arm])
+        if Path(folder, "config.json").exists():                # begun, and perhaps finished
+            run("train.py", "--resume", folder)
+        else:
+            run("train.py", "--out", s.runs, "--name", key(arm, seed), "--seed", str(seed), *ARMS[arm])
     run("-m", "lab.study", "--measure", folder, "--to", str(target))
 
 

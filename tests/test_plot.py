@@ -27,12 +27,13 @@ def test_runs_of_the_same_settings_are_one_line_with_a_band(tmp_path):
     runs = [read_run(make_run(tmp_path / name, seed, offset, alpha=alpha))
             for name, seed, offset, alpha in (("a", 0, 0.0, 0.0), ("b", 1, 0.3, 0.0), ("c", 0, 0.0, 0.4))]
     groups = by_settings(runs)
-    assert list(groups) == ["grpo, alpha 0.0 (2 seeds)", "grpo, alpha 0.4 (1 seed)"]
-    got = band([run["curves"]["reward"] for run in groups["grpo, alpha 0.0 (2 seeds)"]])
+    assert list(groups) == ["grpo, alpha 0.0 (2 runs)", "grpo, alpha 0.4 (1 run)"]
+    got = band([run["curves"]["reward"] for run in groups["grpo, alpha 0.0 (2 runs)"]])
     assert got == pytest.approx(np.array([[1, 0.25, 0.1, 0.4], [2, 0.35, 0.2, 0.5], [3, 0.45, 0.3, 0.6]]))
     assert runs[0]["curves"]["clipped"] == {1: 0.75, 2: 0.75, 3: 0.75} and runs[0]["curves"]["validation"] == {0: 0.25}
     short = band([{1: 0.0, 2: 2.0}, {2: 4.0}])                              # a run that is not as far yet
     assert short.tolist() == [[2, 3, 2, 4]]
+    assert band([{1: None, 2: 2.0}]).tolist() == [[2, 2, 2, 2]]             # while only the critic learns
 
 
 def test_pass_at_k_curve_by_hand(tmp_path):
@@ -59,6 +60,10 @@ def test_what_is_no_run_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no run folder: it has no config.json"):
         read_run(tmp_path)
     folder = make_run(tmp_path / "a")
+    assert list(read_run(folder)["curves"]["reward"]) == [1, 2, 3]
+    with open(folder / "log.jsonl", "a") as log:
+        log.write('{"step": 4, "rew')                                       # a kill while it was written
+    assert list(read_run(folder)["curves"]["reward"]) == [1, 2, 3]
     (folder / "log.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ValueError, match="not written by this version"):
         read_run(folder)

@@ -2,11 +2,13 @@
 
 import json
 import statistics
+from collections import Counter
 
 import pytest
 import torch
 
 import train
+from checkpoint import explained
 from model import Critic, load
 from rollout import Episode
 from train import Settings, adamw, update_critic, values_of
@@ -119,10 +121,33 @@ def test_the_wiring_of_ppo(tmp_path, monkeypatch):
     assert Settings(algo="ppo").alpha == 0.1 and Settings().alpha == 0.4 and Settings(algo="ppo", alpha=0.0).alpha == 0.0
 
 
-def test_the_policy_stands_still_while_the_critic_warms_up(tmp_path):
-    run = train.train(Settings(out=str(tmp_path), name="a", steps=2, critic_warmup=2, **SMALL))
-    trained, base = load(str(run))[0], load("base")[0]
-    assert all(torch.equal(p, q) for p, q in zip(trained.parameters(), base.parameters()))
+def test_equal_returns_leave_nothing_to_explain(tmp_path, monkeypatch):
+    monkeypatch.setattr(type(train.load_task("countdown")), "reward", lambda *_: -1.0)
+    run = train.train(Settings(out=str(tmp_path), name="a", steps=2, critic_warmup=1, **SMALL))
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["explained_variance"] for line in log] == [None, None] and log[0]["shaping"] is None
+    assert log[0]["critic_grad_norm"] > 0
+    value, ret = torch.tensor([0.0, 1.0, 2.0, 5.0]), torch.tensor([0.0, 2.0, 2.0, 4.0])
+    want = 1 - statistics.variance([0.0, 1.0, 0.0, -1.0]) / statistics.variance([0.0, 2.0, 2.0, 4.0])
+    assert explained([Counter(loss=1.0, grad_norm=2.0), Counter(loss=2.0)], value, ret) == pytest.approx(
+        {"value_loss": 1.5, "critic_grad_norm": 1.0, "explained_variance": want})
+
+
+def test_discount_and_lambda_reach_gae(tmp_path, monkeypatch):
+    seen, real = [], train.gae
+    monkeypatch.setattr(train, "gae", lambda r, v, m, gamma, lam: seen.append((gamma, lam)) or real(r, v, m, gamma, lam))
+    train.train(Settings(out=str(tmp_path), name="a", steps=1, critic_warmup=0, gamma=0.9, lam=0.7, **SMALL))
+    assert seen == [(0.9, 0.7)]
+
+
+def test_the_critics_values_are_fp32_in_bf16_compute(qwen2):
+    critic = critic_and_reference(qwen2)[0]
+    tokens = torch.randint(1, 112, (3, 9), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = critic(tokens)
+    exact = critic(tokens)
+    assert low.dtype == torch.float32 and 0 < (low - exact).abs().max() < 0.2
+    assert not torch.equal(low, low.bfloat16().float())                     # the head itself did not round
 
 
 def test_a_dry_run_takes_every_token_and_leaves_nothing(tmp_path, monkeypatch, capsys):

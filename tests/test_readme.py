@@ -85,4 +85,4 @@ def test_fork_with_a_schedule_for_alpha(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "shape_with_entropy", lambda a, h, alpha, kappa: alphas.append(alpha) or shape(a, h, alpha, kappa))
     module.train(module.Settings(out=str(tmp_path), steps=4, prompts=2, samples=2, minibatch=2, eval_problems=1,
                                  eval_samples=1, final_samples=1, slots=4, skip_zero=False, max_new_tokens=8))
-    assert alphas == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert alphas == pytest.approx([0.3, 0.2, 0.1, 0.0])

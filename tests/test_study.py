@@ -79,13 +79,13 @@ def test_a_study_does_what_is_left_and_trains_every_arm_by_its_flags(tmp_path, m
     save(save_to, "GRPO", 0, [1])                                           # measured already
     done = tmp_path / "runs" / "grpo-1"
     done.mkdir(parents=True)
-    (done / "validation.json").write_text("{}")                             # trained already
+    (done / "config.json").write_text("{}")                                 # begun already
     study(s)
     assert all(options["env"]["OMP_NUM_THREADS"] == "1" and options["check"] for _, options in commands)
     lines = [" ".join(command) for command, _ in commands]
-    trained = [line for line in lines if line.startswith("train.py")]
-    assert [line.split("--name ")[1] for line in trained] == [
-        "grpo-entropy-advantage-0 --overwrite --seed 0", "grpo-entropy-advantage-1 --overwrite --seed 1"]
+    assert [line for line in lines if "--resume" in line] == [f"train.py --resume {done}"]
+    trained = [line for line in lines if "--name" in line]
+    assert [line.split("--name ")[1] for line in trained] == ["grpo-entropy-advantage-0 --seed 0", "grpo-entropy-advantage-1 --seed 1"]
     measured = [line.split("--to ")[1].removeprefix(str(save_to) + "/") for line in lines if "--measure" in line]
     assert measured == ["base-0.json.gz", "grpo-entropy-advantage-0.json.gz", "grpo-1.json.gz", "grpo-entropy-advantage-1.json.gz"]
     for command in trained:
