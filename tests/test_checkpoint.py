@@ -316,9 +316,11 @@ ARMS = {"grpo, alpha 0.4, entropy_coef 0.0, clip_high 0.28": {},
         "ppo, alpha 0.0, entropy_coef 0.0, clip_high 0.28": dict(algo="ppo", critic_warmup=1, alpha=0.0)}
 
 
-def test_every_arm_runs_and_is_told_by_its_log_and_its_name(tmp_path):
+def test_every_arm_runs_and_is_told_by_its_log_and_its_name(tmp_path, monkeypatch):
+    mixed = lambda self, problem, text, finished: 1.0 if len(text) % 3 == 0 else -1.0      # so that every group teaches
+    monkeypatch.setattr(type(train.load_task("countdown")), "reward", mixed)
     small = dict(out=str(tmp_path), steps=2, prompts=4, samples=4, minibatch=2, eval_problems=1, eval_samples=1,
-                 final_samples=1, slots=16, max_new_tokens=40, skip_zero=False, lr=3e-3)
+                 final_samples=1, slots=16, max_new_tokens=40, skip_zero=False, lr=1e-2)
     runs = [train.train(Settings(**small, **arm)) for arm in ARMS.values()]
     assert [[line["arm"] for line in lines(run / "log.jsonl")] for run in runs] == [[name] * 2 for name in ARMS]
     assert len({run.name for run in runs}) == len(ARMS)
