@@ -144,12 +144,13 @@ def tables(results: Path) -> str:
 def tuning(results: Path) -> str:
     """What was tried before the settings were frozen, as a Markdown table, from the counts in tuning.json."""
     rows = json.loads((results / "tuning.json").read_text())
-    lines = ["| learning rate | prompts × samples | minibatch | steps | Pass@1 | Pass@64 | CPU seconds |", "|---" * 7 + "|"]
+    lines = ["| learning rate | prompts × samples | minibatch | steps | threads | Pass@1 | Pass@64 | CPU seconds |",
+             "|---" * 8 + "|"]
     for r in rows:
         table = pass_table(r["solved"], r["samples"], (1, 64))
         cells = [f"{m:.3f} [{l:.3f}, {h:.3f}]" for m, l, h in zip(table.mean(0), *bootstrap(table))]
         lines.append(f"| {r['lr']:g} | {r['prompts']} × {r['samples_per_prompt']} | {r['minibatch']} | {r['steps']} | "
-                     f"{' | '.join(cells)} | {r['cpu_seconds']:.0f} |")
+                     f"{r['threads']} | {' | '.join(cells)} | {round(r['cpu_seconds']) if r['cpu_seconds'] else '–'} |")
     return "\n".join(lines)
 
 

@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import re
+import statistics
 import time
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +13,7 @@ import torch
 
 import lab.study
 from evaluate import parse_flags
-from lab.study import ARMS, BEHAVIOUR, Settings, key, measure, read, study, tables
+from lab.study import ARMS, BEHAVIOUR, Settings, key, measure, read, study, tables, tuning
 from train import Settings as TrainSettings
 from train import check
 
@@ -119,3 +122,35 @@ def test_seeds_are_paired_by_their_number(tmp_path):
     save(tmp_path, shaped, 2, [222])
     [line] = [line for line in tables(tmp_path).splitlines() if "over 2 seeds" in line]
     assert line.split(" | ")[1].startswith("+0.035 ")                       # (6 + 12) / 2 / 256, not (106 + 112) / 2 / 256
+
+
+RESULTS = Path("lab/results")
+
+
+def test_the_published_tables_come_from_the_saved_counts():
+    published, readme = Path("lab/RESULTS.md").read_text(), Path("README.md").read_text()
+    found = tables(RESULTS)
+    for line in [*found.splitlines(), *tuning(RESULTS).splitlines()]:
+        assert line in published, line
+    for line in found.splitlines()[:7]:                                     # the core
+        assert line in readme, line
+
+
+def test_the_saved_counts_are_whole():
+    for arm, seeds in (("base", [0]), *((arm, [0, 1, 2]) for arm in ARMS)):
+        saved = read(RESULTS, arm)
+        assert list(saved) == seeds
+        for record in saved.values():
+            assert len(record["solved"]) == 200 and record["samples"] == 256
+            assert all(0 <= count <= 256 for count in record["solved"]) and set(BEHAVIOUR) <= set(record)
+    assert all(len(row["solved"]) == 200 and row["samples"] == 64 for row in json.loads((RESULTS / "tuning.json").read_text()))
+
+
+def test_intervals_of_the_saved_counts_by_another_way():
+    """The bootstrap over problems against the normal approximation, Pass@1 of the base."""
+    [record] = read(RESULTS, "base").values()
+    rates = [count / 256 for count in record["solved"]]
+    mean, half = statistics.mean(rates), 1.96 * statistics.stdev(rates) / len(rates) ** 0.5
+    line = next(line for line in tables(RESULTS).splitlines() if line.startswith("| base"))
+    printed = [float(x) for x in re.findall(r"[0-9.]+(?=[ ,\]])", line.split("|")[2])]
+    assert printed == pytest.approx([mean, mean - half, mean + half], abs=0.002)
