@@ -39,7 +39,8 @@ KS = (1, 4, 16, 64, 128)
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 MOST_SEEDS = len(T_975) + 1
 BEHAVIOUR = ("tokens per response", "attempts per response", "checks per response", "attempts that hit",
-             "so after an unchecked attempt", "so after a checked miss", "responses cut at the limit", "entropy in nats")
+             "so after a checked hit", "so after a checked miss", "so after an unchecked attempt",
+             "responses cut at the limit", "steps with wrong arithmetic", "attempts with wrong operands", "entropy in nats")
 
 
 @dataclass
