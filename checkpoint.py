@@ -239,5 +239,11 @@ class Stop:
     def way_on(self) -> str:
         return f"; go on from step {self.saved} with: python train.py --resume {self.run}" if self.run else ""
 
+    def way_back(self) -> str:
+        if not self.saved:
+            return "nothing was saved yet; a new run with a lower --lr may help"
+        return (f"the last good state in {self.run} is that of step {self.saved}; a new run from there "
+                f"(--model {self.run}/model) with a lower --lr may help")
+
 
 stop = Stop()

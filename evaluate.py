@@ -174,6 +174,8 @@ def evaluate(s: Settings) -> dict:
         raise FileNotFoundError(f"--json {s.json} names a folder that does not exist")
     task, device = load_task(s.task), pick_device(s.device)
     problems = getattr(task, s.split)[:s.problems or None]
+    if not problems:
+        raise ValueError(f"{s.task} has no {s.split} problems")
     results = {}
     for name in dict.fromkeys(s.models):
         model, tokenizer = load(name, device)

@@ -116,14 +116,13 @@ def run_name(s: Settings) -> str:
     return quote("-".join([s.algo, *parts]), safe="=,-")
 
 
-def update(model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[Episode], advantage: Tensor,
-           s: Settings) -> Counter:
-    """One optimizer step of the policy on the episodes of a minibatch; advantage [N, R], one per response token,
-    0 beyond. Returns policy_loss's sums, the sums of psi / |A| and of the gap to the sampler, the largest gap, the norm, and
+def update(model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[Episode], old_logp: Tensor,
+           advantage: Tensor, s: Settings) -> Counter:
+    """One optimizer step of the policy on the episodes of a minibatch; old_logp, advantage [N, R], one per response
+    token, 0 beyond. Returns policy_loss's sums, the sums of psi / |A| and of the gap to the sampler, the largest gap, the norm, and
     the seconds of scoring."""
     device, total = model.head.device, Counter()
     denominator = sum(len(e.response) for e in episodes)        # of the whole step, whatever is left out below
-    old_logp, _ = per_token([e.logp for e in episodes])         # [N, R]
     # Without a KL or entropy term, A = 0 means no gradient: such sequences need no forward pass.
     everything = not s.skip_zero or s.entropy_coef > 0
     live = [i for i, some in enumerate((advantage != 0).any(1).tolist()) if some or everything]
@@ -216,6 +215,8 @@ def train(s: Settings) -> Path | None:
         critic = Critic(model)
         parts["critic"] = (critic, adamw(critic, s.critic_lr, s))
     problems, validation = task.train, task.validation[:s.eval_problems]
+    if not problems or not validation:
+        raise ValueError(f"{s.task} has {len(problems)} training and {len(validation)} validation problems; both are needed")
     longest = max([*problems, *validation], key=lambda p: len(task.encode(p, tokenizer)))
     sampler = Sampler(model, s.slots, len(task.encode(longest, tokenizer)) + s.max_new_tokens, model.eos_ids,
                       getattr(torch, s.dtype))
@@ -271,7 +272,7 @@ def train(s: Settings) -> Path | None:
             if s.algo == "ppo":
                 critic_updates.append(update_critic(*parts["critic"], episodes[part], value[part], ret[part], s))
             if s.algo == "grpo" or step > s.critic_warmup:
-                updates.append(update(*parts["policy"], episodes[part], advantage[part], s))
+                updates.append(update(*parts["policy"], episodes[part], logp[part], advantage[part], s))
         sampler.sync()
         updated = time.perf_counter()
 
@@ -317,8 +318,7 @@ if __name__ == "__main__":
         settings = parse_flags(Settings, __doc__)
         train(settings if settings.resume is None else resumed(settings.resume, sys.argv[1:], Settings))
     except FloatingPointError as error:
-        sys.exit(f"train.py: stopped in {stop.where}: {error}; the last good state in {stop.run} is that of step "
-                 f"{stop.saved}; a new run from there (--model {stop.run}/model) with a lower --lr may help")
+        sys.exit(f"train.py: stopped in {stop.where}: {error}; {stop.way_back()}")
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:

@@ -221,8 +221,10 @@ def test_weights_that_are_not_finite_stop_the_run_and_are_not_saved(tmp_path):
     """An absurd learning rate; the groups may all be equal then, and no loss be there to look at."""
     absurd = ["--skip-zero", "--lr", "1e30", "--eval-every", "1", "--name", "run", "--out", str(tmp_path)]
     code, error = finish(start(*FLAGS, *absurd))
-    assert code == 1 and error.startswith("train.py: stopped in step ") and "the last good state in" in error
-    assert "finite" in error or "NaN" in error
+    assert code == 1 and error.startswith("train.py: stopped in step ") and ("finite" in error or "NaN" in error)
+    saved = (tmp_path / "run/state.safetensors").exists()
+    assert (f"--model {tmp_path}/run/model" in error) == saved == (tmp_path / "run/model").exists()
+    assert ("nothing was saved yet" in error) != saved
     for file in tmp_path.rglob("*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(file).values())
 

@@ -86,7 +86,7 @@ def test_the_critics_update_equals_a_slow_loop_for_any_split(qwen2):
 def test_the_wiring_of_ppo(tmp_path, monkeypatch):
     calls = []
     policy, critic = train.update, train.update_critic
-    monkeypatch.setattr(train, "update", lambda m, o, e, a, s: calls.append(("policy", e, a.clone(), o.defaults["lr"])) or policy(m, o, e, a, s))
+    monkeypatch.setattr(train, "update", lambda m, o, e, p, a, s: calls.append(("policy", e, a.clone(), o.defaults["lr"])) or policy(m, o, e, p, a, s))
     monkeypatch.setattr(train, "update_critic", lambda c, o, e, v, r, s: calls.append(
         ("critic", e, v.clone(), r.clone(), values_of(c, e, s), o.defaults["lr"])) or critic(c, o, e, v, r, s))
     right = lambda text: 1.0 if len(text) % 3 == 0 else -1.0
@@ -157,7 +157,7 @@ def test_a_dry_run_takes_every_token_and_leaves_nothing(tmp_path, monkeypatch, c
         seen = []
         original = train.update
         with monkeypatch.context() as patch:
-            patch.setattr(train, "update", lambda m, o, e, a, s: seen.append(original(m, o, e, a, s)) or seen[-1])
+            patch.setattr(train, "update", lambda *arguments: seen.append(original(*arguments)) or seen[-1])
             assert train.train(Settings(model=base, dry_run=True, **SMALL | {"algo": algo})) is None
         assert [sums["tokens"] for sums in seen] == [6 * 24, 6 * 24]       # every response at the limit, and scored
         printed = capsys.readouterr().out

@@ -16,6 +16,7 @@ import train
 from evaluate import parse_flags
 from model import load
 from rollout import Episode, Sampler, per_token, seeded_generator
+from task import Countdown
 from train import Settings, check, draw, micro_batches, run_name, summary, update
 
 
@@ -39,14 +40,15 @@ def gradient(folder, episodes_of, advantage, **changes):
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     before = [p.detach().clone() for p in model.parameters()]
-    sums = update(model, torch.optim.SGD(model.parameters(), 1.0), episodes, spread(episodes, advantage),
+    sums = update(model, torch.optim.SGD(model.parameters(), 1.0), episodes, *spread(episodes, advantage),
                   Settings(grad_clip=1e9, **changes))
     return {name: b - p.detach() for (name, p), b in zip(model.named_parameters(), before)}, sums
 
 
 def spread(episodes, advantage):
-    """An advantage per response -> one per response token, [N, R], 0 beyond."""
-    return advantage[:, None] * per_token([e.logp for e in episodes])[1]
+    """An advantage per response -> the old log-probabilities and the advantage per response token, [N, R], 0 beyond."""
+    old_logp, counted = per_token([e.logp for e in episodes])
+    return old_logp, advantage[:, None] * counted
 
 
 MIXED = torch.tensor([1.5, -0.5, -0.5, -0.5, 0, 0, 0, 0, 0.87, 0.87, -0.87, -0.87])
@@ -102,14 +104,14 @@ def test_the_gradient_is_clipped_and_a_bad_one_stops_the_run(qwen2):
     before = [p.detach().clone() for p in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    sums = update(model, torch.optim.SGD(model.parameters(), 1.0), episodes, spread(episodes, MIXED), Settings(grad_clip=1e-3))
+    sums = update(model, torch.optim.SGD(model.parameters(), 1.0), episodes, *spread(episodes, MIXED), Settings(grad_clip=1e-3))
     moved = math.sqrt(sum(float(((p.detach() - b) ** 2).sum()) for p, b in zip(model.parameters(), before)))
     assert moved == pytest.approx(1e-3, rel=0.02) and sums["grad_norm"] > 0.1
     with torch.no_grad():
         model.norm.weight[0] = math.nan
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(FloatingPointError, match="the loss is nan"):
-        update(model, torch.optim.SGD(model.parameters(), 1.0), episodes, spread(episodes, MIXED), Settings())
+        update(model, torch.optim.SGD(model.parameters(), 1.0), episodes, *spread(episodes, MIXED), Settings())
     assert all(torch.equal(p, b) for p, b in zip(list(model.parameters())[:-1], before[:-1]))     # no step was taken
 
 
@@ -135,7 +137,7 @@ def test_an_update_without_live_sequences_still_steps(qwen2):
     for advantage in (MIXED, torch.zeros(12), torch.zeros(12)):
         recorded = []
         handle = mine.register_step_pre_hook(lambda *_: recorded.extend(p.grad.clone() for p in model.parameters()))
-        sums = update(model, mine, episodes, spread(episodes, advantage), Settings())
+        sums = update(model, mine, episodes, *spread(episodes, advantage), Settings())
         handle.remove()
         for parameter, grad in zip(reference, recorded):
             parameter.grad = grad
@@ -157,7 +159,7 @@ def test_a_right_answer_becomes_likelier_its_end_token_too(qwen2):
         tokens, prompt_len, total_len, _ = train.collate([episodes[ended]], torch.device("cpu"))
         return train.score(model, tokens, prompt_len, total_len, 1.0)[0][0].detach()
     before = logp()
-    update(model, torch.optim.SGD(model.parameters(), 0.05), episodes, spread(episodes, advantage),
+    update(model, torch.optim.SGD(model.parameters(), 0.05), episodes, *spread(episodes, advantage),
            Settings(clip_high=100.0, alpha=0.0))
     assert logp().sum() > before.sum() and logp()[-1] > before[-1]
 
@@ -198,9 +200,9 @@ def test_the_wiring_of_the_loop(tmp_path, monkeypatch):
         calls["generate"].append((prompts, samples, temperature, generator.initial_seed(), episodes))
         return episodes
 
-    def spy_update(model, optimizer, episodes, advantage, s):
+    def spy_update(model, optimizer, episodes, old_logp, advantage, s):
         calls["update"].append((episodes, advantage.clone(), optimizer.defaults))
-        return original_update(model, optimizer, episodes, advantage, s)
+        return original_update(model, optimizer, episodes, old_logp, advantage, s)
 
     def spy_score(*arguments):
         autocast.append((torch.is_autocast_enabled("cpu"), arguments[4]))
@@ -298,7 +300,6 @@ def test_bf16_compute_keeps_fp32_weights_and_stays_close(tmp_path):
 
 
 def test_train_never_touches_the_test_problems(tmp_path, monkeypatch):
-    from task import Countdown
     monkeypatch.setattr(Countdown, "test", property(lambda self: pytest.fail("the test problems were read")))
     run(tmp_path, "a", steps=1)
 
@@ -381,6 +382,17 @@ def test_a_run_folder_that_cannot_be_made(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     message = command(monkeypatch, "train.py", "--out", str(tmp_path / "file"))
     assert message.startswith("train.py: ") and "\n" not in message
+
+
+@pytest.mark.parametrize("split, flags, message", [
+    ("train", "train.py", "train.py: countdown has 0 training and 200 validation problems; both are needed"),
+    ("validation", "train.py", "train.py: countdown has 9247 training and 0 validation problems; both are needed"),
+    ("test", "evaluate.py base --split test", "evaluate.py: countdown has no test problems")])
+def test_a_task_without_problems(monkeypatch, tmp_path, split, flags, message):
+    monkeypatch.setattr(Countdown, split, property(lambda self: []))
+    where = ["--out", str(tmp_path / "runs")] if flags == "train.py" else []
+    assert command(monkeypatch, *flags.split(), *where) == message
+    assert not (tmp_path / "runs").exists()
 
 
 def test_step_times_are_medians():
