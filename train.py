@@ -59,7 +59,7 @@ class Settings:
     clip_low: float = flag(0.2, "the ratio counts down to 1 - clip_low")
     clip_high: float = flag(0.28, "the ratio counts up to 1 + clip_high (clip-higher)")
     entropy_coef: float = flag(0.0, "weight of the mean entropy in the objective (classical entropy regularisation)")
-    critic_lr: float = flag(4e-4, "ppo: AdamW's learning rate of the critic")
+    critic_lr: float = flag(1.6e-3, "ppo: AdamW's learning rate of the critic")
     critic_warmup: int = flag(10, "ppo: first steps, in which only the critic learns")
     gamma: float = flag(1.0, "ppo: discount per token")
     lam: float = flag(1.0, "ppo: lambda of generalised advantage estimation")
