@@ -67,7 +67,7 @@ class Settings:
     temperature: float = flag(1.0, "of sampling and of scoring alike")
     max_new_tokens: int = flag(128, "longest response, in tokens")
     slots: int = flag(512, "sequences decoded at a time")
-    micro_tokens: int = flag(4096, "tokens, with padding, in one forward and backward pass")
+    micro_tokens: int = flag(2048, "tokens, with padding, in one forward and backward pass")
     chunk: int = flag(2048, "response tokens whose logits exist at a time")
     skip_zero: bool = flag(True, "leave sequences with zero advantage out of the forward pass (exact)")
     eval_every: int = flag(25, "steps between validations and between saves")
@@ -78,10 +78,13 @@ class Settings:
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
     dtype: str = flag("float32", "of sampling and scoring; the weights that are trained stay float32",
                       choices=("float32", "bfloat16"))
+    decode_dtype: str = flag(None, "of sampling alone, if it is not --dtype", choices=("float32", "bfloat16"), type=str)
 
     def __post_init__(self) -> None:
         if self.alpha is None:
             self.alpha = {"grpo": 0.4, "ppo": 0.1}[self.algo]
+        if self.decode_dtype is None:
+            self.decode_dtype = self.dtype
 
 
 def check(s: Settings) -> None:
@@ -219,7 +222,7 @@ def train(s: Settings) -> Path | None:
         raise ValueError(f"{s.task} has {len(problems)} training and {len(validation)} validation problems; both are needed")
     longest = max([*problems, *validation], key=lambda p: len(task.encode(p, tokenizer)))
     sampler = Sampler(model, s.slots, len(task.encode(longest, tokenizer)) + s.max_new_tokens, model.eos_ids,
-                      getattr(torch, s.dtype))
+                      getattr(torch, s.decode_dtype))
     if s.dry_run:           # no response ends, the forward pass leaves nothing out, the cache is a validation's
         sampler.eos_ids, problems, s = (-1,), [longest], dataclasses.replace(s, steps=1, skip_zero=False, critic_warmup=0)
         rows = min(s.slots, max(s.prompts * s.samples, len(validation) * max(s.eval_samples, s.final_samples)))

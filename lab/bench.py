@@ -1,0 +1,368 @@
+"""Speed and memory beside what a user would pick instead: `python -m lab.bench decode refill update step memory growth`.
+
+    decode   equal lengths: our sampler against transformers' generate, dynamic and static cache
+    refill   natural lengths, four times as many sequences as slots, against generate in static batches
+    update   the policy's update at equal tokens, against the same loss written over transformers' model
+    step     a whole GRPO step against TRL's GRPOTrainer, at a real run's share of equal groups and at none
+    memory   the peak resident memory of such a step, each side in a process of its own
+    growth   our decode and update time against batch, length and share of equal groups
+
+Both sides get the same weights, prompts and numbers of samples, and work in turn in one process, so that whatever
+else the machine does meets both. The first turn warms up and does not count. A ratio is the peer's seconds over ours
+in the same turn; medians and quartiles over the turns are printed. What is not equal is said in the row's name. No
+side uses gradient checkpointing, and bf16 only where the name says so. The learning rate is 0: every turn starts
+from the same weights, and nothing here tells of quality.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import train
+from advantage import group_advantage, policy_loss, shape_with_entropy
+from checkpoint import peak_memory
+from evaluate import flag, parse_flags, pick_device
+from model import Transformer, load
+from rollout import Episode, Sampler, collate, micro_batches, per_token, seeded_generator
+from task import load_task
+
+COMMANDS = ("decode", "refill", "update", "step", "memory", "growth")
+# "tiny" is the embedded model; of the others only the shape counts, the weights are random.
+SHAPES = {"1.5b": dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+                       num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True),
+          "7b": dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                     num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False)}
+SAMPLES, MINIBATCH, LIMIT = 16, 4, 128          # answers per problem, problems per optimizer step, longest response
+SHAPE = (128, 32)                               # growth: the smallest shape, sequences and tokens
+Turns = dict[str, list[tuple[float, int]]]      # side -> seconds and tokens of every turn
+
+
+@dataclass
+class Settings:
+    commands: tuple = flag((), "what to measure: " + ", ".join(COMMANDS), nargs="+", type=str, choices=COMMANDS)
+    shape: str = flag("tiny", "decode: the embedded model, or random weights of a larger shape", choices=("tiny", *SHAPES))
+    device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
+    turns: int = flag(7, "timed turns")
+    slots: int = flag(512, "decode, refill: sequences at a time")
+    new_tokens: int = flag(LIMIT, "decode: tokens per sequence")
+    prompts: int = flag(32, f"update, step, memory: problems of a rollout, {SAMPLES} answers each")
+    equal: float = flag(0.23, "step, memory: share of groups whose answers are all wrong; 0.23 is the default run's")
+    json: str = flag("", "also write the figures, with every turn, to this file")
+    alone: str = flag("", "used by memory itself: run this side alone and print its peak", choices=("", "ours", "trl"))
+
+
+def alternate(sides: dict[str, Callable[[], int]], turns: int) -> Turns:
+    """Runs the sides in turn, first forwards, then backwards; a side returns how many tokens it dealt with. The
+    tokens come from the host, so its work is done by then on any device."""
+    taken: Turns = {name: [] for name in sides}
+    for turn in range(turns + 1):
+        for name in list(sides)[::1 if turn % 2 else -1]:
+            started = time.perf_counter()
+            tokens = sides[name]()
+            taken[name].append((time.perf_counter() - started, tokens))
+    return {name: runs[1:] for name, runs in taken.items()}
+
+
+def quartiles(values: Sequence[float]) -> str:
+    low, median, high = np.percentile(values, [25, 50, 75])
+    return f"{median:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def table(title: str, taken: Turns) -> str:
+    """Rows "ours ...": their ratio to each of the other rows, turn by turn."""
+    ours, peers = ([name for name in taken if name.startswith("ours") == mine] for mine in (True, False))
+    lines = [title, "", "| | seconds | tokens per second |" + "".join(f" times {peer} |" for peer in peers),
+             "|---" * (3 + len(peers)) + "|"]
+    for name, runs in taken.items():
+        cells = [quartiles([s for s, _ in runs]), f"{np.median([n / s for s, n in runs]):.0f}"]
+        cells += [quartiles([theirs / mine for (theirs, _), (mine, _) in zip(taken[peer], runs)]) if name in ours else ""
+                  for peer in peers]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def pick_model(shape: str, device: torch.device) -> Transformer:
+    if shape == "tiny":
+        return load("base", device)[0]
+    return Transformer(SHAPES[shape] | dict(model_type="qwen2", rms_norm_eps=1e-6, rope_theta=1e6)).to(device)
+
+
+def peer_model(model: Transformer, dtype: torch.dtype = torch.float32):
+    """transformers' model of the same weights."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    peer = Qwen2ForCausalLM(Qwen2Config.from_dict(model.config))
+    names = {name if name.startswith("lm_head") else "model." + name: t for name, t in model.state_dict().items()}
+    left_out = peer.load_state_dict(names, strict=False)
+    assert not left_out.unexpected_keys and set(left_out.missing_keys) <= {"lm_head.weight"}
+    peer.tie_weights()
+    return peer.to(model.head.device, dtype)
+
+
+def peer_generate(peer, prompts: Sequence[Sequence[int]], new_tokens: int, eos: int | None, **options) -> int:
+    """Samples one response per prompt, all prompts of one length, in one static batch -> tokens of the responses."""
+    ids = torch.tensor(prompts, device=peer.device)
+    peer.generation_config.eos_token_id, peer.generation_config.pad_token_id = eos, 0
+    made = peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                         max_new_tokens=new_tokens, **options)[:, ids.shape[1]:].cpu()                # [B, R]
+    if eos is None:
+        return made.numel()
+    return int((made == eos).int().cumsum(1).eq(0).sum() + (made == eos).any(1).sum())     # up to the first end token
+
+
+def decode(s: Settings, device: torch.device) -> Turns:
+    model = pick_model(s.shape, device)
+    prompts = torch.randint(1, model.config["vocab_size"], (s.slots, 16), generator=seeded_generator(0, 0, "bench")).tolist()
+    sides = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        sampler, peer = Sampler(model, s.slots, 16 + s.new_tokens, (-1,), dtype), peer_model(model, dtype)
+        sides[f"ours, {name}"] = lambda sampler=sampler: sum(len(e.response) for e in sampler.generate(
+            prompts, 1, s.new_tokens, 1.0, seeded_generator(0, 0, "bench", device)))
+        sides[f"generate, {name}"] = lambda peer=peer: peer_generate(peer, prompts, s.new_tokens, None)
+        sides[f"generate, {name}, static cache"] = lambda peer=peer: peer_generate(
+            peer, prompts, s.new_tokens, None, cache_implementation="static")
+    return alternate(sides, s.turns)
+
+
+def refill(s: Settings, device: torch.device) -> Turns:
+    model, prompts = load("base", device)[0], encoded(4 * s.slots // SAMPLES)
+    each, sides = s.slots // SAMPLES, {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        sampler = Sampler(model, s.slots, max(map(len, prompts)) + LIMIT, model.eos_ids, dtype)
+        sides[f"ours, {name}"] = lambda sampler=sampler: sum(len(e.response) for e in sampler.generate(
+            prompts, SAMPLES, LIMIT, 1.0, seeded_generator(0, 0, "bench", device)))
+    peer = peer_model(model)
+    sides["generate, fp32, static batches"] = lambda: sum(
+        peer_generate(peer, [p for p in prompts[i:i + each] for _ in range(SAMPLES)], LIMIT, model.eos_ids[0])
+        for i in range(0, len(prompts), each))
+    return alternate(sides, s.turns)
+
+
+def encoded(count: int) -> list[list[int]]:
+    """Prompts of the task, of one length, so that the peer needs no padding."""
+    task, tokenizer = load_task("countdown"), load("base")[1]
+    prompts = [task.encode(p, tokenizer) for p in task.train[:4 * count]]
+    return [p for p in prompts if len(p) == len(prompts[0])][:count]
+
+
+def rewards(groups: int, equal: float) -> Tensor:
+    """Of a rollout, group by group, [groups * SAMPLES]: one answer in four right, none in the first groups."""
+    reward = torch.where(torch.arange(SAMPLES) % 4 == 0, 1.0, -1.0).repeat(groups, 1)
+    reward[:round(equal * groups)] = -1.0
+    return reward.flatten()
+
+
+def our_update(model: Transformer, optimizer, episodes: list[Episode], reward: Tensor, s: train.Settings) -> int:
+    logp, counted = per_token([e.logp for e in episodes])                                       # [N, R]
+    group = torch.arange(len(episodes) // SAMPLES).repeat_interleave(SAMPLES)
+    advantage = group_advantage(reward, group)[:, None] * counted
+    for i in range(0, len(episodes), MINIBATCH * SAMPLES):
+        part = slice(i, i + MINIBATCH * SAMPLES)
+        train.update(model, optimizer, episodes[part], logp[part], advantage[part], s)
+    return int(counted.sum())
+
+
+def peer_update(peer, optimizer, episodes: list[Episode], reward: Tensor, s: train.Settings,
+                cut: Callable[[list[Episode]], list]) -> int:
+    """The same optimizer steps over transformers' model, with all logits of a micro-batch at once."""
+    logp, counted = per_token([e.logp for e in episodes])
+    group = torch.arange(len(episodes) // SAMPLES).repeat_interleave(SAMPLES)
+    advantage = group_advantage(reward, group)[:, None] * counted
+    for i in range(0, len(episodes), MINIBATCH * SAMPLES):
+        part = episodes[i:i + MINIBATCH * SAMPLES]
+        denominator = sum(len(e.response) for e in part)
+        for batch in cut(part):
+            rows = [i + j for j in batch]
+            tokens, _, total_len, mask, old, plain = collate([part[j] for j in batch], peer.device, logp[rows], advantage[rows])
+            attention = torch.arange(tokens.shape[1], device=peer.device) < total_len[:, None]
+            z = peer(input_ids=tokens, attention_mask=attention, use_cache=False).logits[:, :-1].float() / s.temperature
+            logps = z.log_softmax(-1)                                                           # [B, T-1, V]
+            new = logps.gather(2, tokens[:, 1:, None])[..., 0]
+            with torch.no_grad():
+                entropy = -(logps.exp() * logps).sum(-1)
+            shaped = shape_with_entropy(plain, entropy, s.alpha, s.kappa)
+            policy_loss(new, old, shaped, mask, s.clip_low, s.clip_high, denominator)[0].backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), s.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return int(counted.sum())
+
+
+def update(s: Settings, device: torch.device) -> Turns:
+    """Every sequence has an advantage, so ours leaves none out: equal tokens."""
+    model, settings = load("base", device)[0], train.Settings(lr=0.0)
+    peer = peer_model(model)
+    episodes = Sampler(model, 512, 256, model.eos_ids).generate(encoded(s.prompts), SAMPLES, LIMIT, 1.0,
+                                                                seeded_generator(0, 0, "bench", device))
+    ours, theirs = train.adamw(model, 0.0, settings), torch.optim.AdamW(peer.parameters(), 0.0, weight_decay=0.01)
+    reward, in_order = rewards(s.prompts, 0.0), lambda part: [list(range(i, i + 32)) for i in range(0, len(part), 32)]
+    sorted_by_length = lambda part: micro_batches(part, settings.micro_tokens)
+    return alternate({
+        "ours": lambda: our_update(model, ours, episodes, reward, settings),
+        "transformers, 32 at a time": lambda: peer_update(peer, theirs, episodes, reward, settings, in_order),
+        "transformers, our micro-batches": lambda: peer_update(peer, theirs, episodes, reward, settings, sorted_by_length),
+    }, s.turns)
+
+
+def our_step(s: Settings, device: torch.device, equal: float) -> Callable[[], int]:
+    model, prompts, settings = load("base", device)[0], encoded(s.prompts), train.Settings(lr=0.0)
+    sampler, optimizer = Sampler(model, 512, max(map(len, prompts)) + LIMIT, model.eos_ids), train.adamw(model, 0.0, settings)
+
+    def step() -> int:
+        episodes = sampler.generate(prompts, SAMPLES, LIMIT, 1.0, seeded_generator(0, 0, "bench", device))
+        sampler.free()
+        return our_update(model, optimizer, episodes, rewards(s.prompts, equal), settings)
+    return step
+
+
+def trl_steps(s: Settings, device: torch.device, equal: float, between: Callable[[], int] | None) -> Turns:
+    """TRL's trainer owns its loop, so our step runs in a callback of it, after each of its rollouts."""
+    try:
+        from datasets import Dataset
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError as error:
+        raise ValueError(f"the step of TRL needs {error.name}: pip install trl datasets") from None
+    from transformers import TrainerCallback
+
+    tokenizer, updates = load("base")[1], s.prompts // MINIBATCH
+    tokenizer.padding_side = "left"
+    taken: Turns = {"ours": [], "TRL": []}
+    tokens = [0]
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, arguments, state, control, **_):
+            if state.global_step % updates == 0:                        # a rollout and its first update come now
+                self.started = time.perf_counter()
+
+        def on_step_end(self, arguments, state, control, **_):
+            if state.global_step % updates == 0:
+                taken["TRL"].append((time.perf_counter() - self.started, tokens[0]))
+                if between:
+                    started = time.perf_counter()
+                    made = between()
+                    taken["ours"].append((time.perf_counter() - started, made))
+
+    def reward(completion_ids, **_) -> list[float]:
+        tokens[0] = sum(map(len, completion_ids))
+        return rewards(s.prompts, equal).tolist()
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = GRPOConfig(
+            output_dir=folder, use_cpu=device.type == "cpu", per_device_train_batch_size=MINIBATCH * SAMPLES,
+            gradient_accumulation_steps=1, steps_per_generation=updates, num_generations=SAMPLES, max_completion_length=LIMIT,
+            temperature=1.0, top_p=1.0, top_k=0, beta=0.0, epsilon=0.2, epsilon_high=0.28, loss_type="dapo",
+            learning_rate=0.0, lr_scheduler_type="constant", weight_decay=0.01, bf16=False, gradient_checkpointing=False,
+            max_steps=updates * (s.turns + 1), report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
+        prompts = Dataset.from_list([{"prompt": tokenizer.decode(p)} for p in encoded(s.prompts)])
+        GRPOTrainer(peer_model(load("base", device)[0]), reward, settings, prompts, processing_class=tokenizer,
+                    callbacks=[Clock()]).train()
+    return {name: runs[1:] for name, runs in taken.items() if runs}
+
+
+def memory(s: Settings) -> dict[str, float]:
+    """GB, of the two sides, in processes of their own."""
+    return {side: float(subprocess.run(
+        [sys.executable, "-m", "lab.bench", "memory", "--alone", side, "--turns", str(s.turns), "--prompts", str(s.prompts),
+         "--equal", str(s.equal), "--device", s.device], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+        for side in ("ours", "trl")}
+
+
+def alone(s: Settings, device: torch.device) -> float:
+    if s.alone == "ours":
+        step = our_step(s, device, s.equal)
+        for _ in range(s.turns + 1):
+            step()
+    else:
+        trl_steps(s, device, s.equal, None)
+    return peak_memory(device)
+
+
+def growth(s: Settings, device: torch.device) -> dict[str, Turns]:
+    """One thing varied at a time."""
+    model, settings, (count, length) = load("base", device)[0], train.Settings(lr=0.0), SHAPE
+    optimizer = train.adamw(model, 0.0, settings)
+    prompts = encoded(4 * count // SAMPLES)
+    sampler = Sampler(model, 4 * count, len(prompts[0]) + 4 * length, (-1,))
+    sample = lambda count, length: sampler.generate(prompts[:count // SAMPLES], SAMPLES, length, 1.0,
+                                                    seeded_generator(0, 0, "bench", device))
+    shapes = [(count * f, length) for f in (1, 2, 4)] + [(2 * count, length * f) for f in (2, 4)]
+    decode = {f"{n} sequences of {r} tokens": lambda n=n, r=r: sum(len(e.response) for e in sample(n, r)) for n, r in shapes}
+    updates = {}
+    for n, r, equal in [(*shape, 0.0) for shape in shapes] + [(count, length, share) for share in (0.25, 0.5, 0.75)]:
+        updates[f"{n} sequences of {r} tokens" + f", {equal:.0%} of the groups equal" * (equal > 0)] = (
+            lambda episodes=sample(n, r), reward=rewards(n // SAMPLES, equal): our_update(
+                model, optimizer, episodes, reward, settings))
+    return {"decode": alternate(decode, s.turns), "update": alternate(updates, s.turns)}
+
+
+def growth_table(title: str, taken: Turns) -> str:
+    lines = [title, "", "| | seconds | microseconds per token |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {name} | {quartiles([s for s, _ in runs])} | "
+                              f"{np.median([1e6 * s / n for s, n in runs]):.1f} |" for name, runs in taken.items()])
+
+
+def bench(s: Settings) -> dict:
+    """Runs the commands; returns what they measured, for JSON."""
+    if min(s.turns, s.slots, s.new_tokens, s.prompts) < 1 or s.slots % SAMPLES or s.prompts % MINIBATCH or not 0 <= s.equal <= 1:
+        raise ValueError(f"--turns and --new-tokens must be at least 1, --slots a multiple of {SAMPLES}, --prompts of "
+                         f"{MINIBATCH}, --equal a share from 0 to 1")
+    device = pick_device(s.device)
+    if s.alone:
+        print(alone(s, device))
+        return {}
+    machine = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}"
+    print(machine, f"median [quartiles] of {s.turns} turns", sep="; ")
+    record = {"machine": machine, "settings": dataclasses.asdict(s)}
+    for command in s.commands:
+        if command == "memory":
+            record["memory"] = memory(s)
+            print(f"\nmemory: peak of a GRPO step's process, {s.prompts} x {SAMPLES} answers: "
+                  + ", ".join(f"{side} {gb:.2f} GB" for side, gb in record["memory"].items()))
+        elif command == "growth":
+            record["growth"] = growth(s, device)
+            for part, taken in record["growth"].items():
+                print("\n" + growth_table(f"growth: {part}", taken))
+        elif command == "step":
+            for equal in dict.fromkeys((s.equal, 0.0)):
+                taken = trl_steps(s, device, equal, our_step(s, device, equal))
+                record[f"step, {equal:.0%} equal"] = taken
+                print("\n" + table(f"step: {s.prompts} x {SAMPLES} answers, {s.prompts // MINIBATCH} updates, {equal:.0%} of the "
+                                   "groups equal", taken))
+        else:
+            title = {"decode": f"decode: {s.slots} sequences of {s.new_tokens} tokens, {s.shape} shape",
+                     "refill": f"refill: {4 * s.slots} sequences of natural length, at most {LIMIT} tokens, {s.slots} at a time",
+                     "update": f"update: {s.prompts} x {SAMPLES} answers of natural length, {s.prompts // MINIBATCH} updates"}
+            record[command] = {"decode": decode, "refill": refill, "update": update}[command](s, device)
+            print("\n" + table(title[command], record[command]))
+    if s.json:
+        Path(s.json).write_text(json.dumps(record) + "\n")
+    return record
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] \
+        if cpuinfo.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    try:
+        bench(parse_flags(Settings, __doc__))
+    except (ValueError, OSError) as error:
+        sys.exit(f"lab.bench: {error}")
+    except KeyboardInterrupt:
+        sys.exit("lab.bench: stopped")
