@@ -69,6 +69,7 @@ class Settings:
     slots: int = flag(512, "sequences decoded at a time")
     micro_tokens: int = flag(2048, "tokens, with padding, in one forward and backward pass")
     chunk: int = flag(2048, "response tokens whose logits exist at a time")
+    compile: bool = flag(False, "torch.compile the update's forward and backward pass (needs a C++ compiler)")
     skip_zero: bool = flag(True, "leave sequences with zero advantage out of the forward pass (exact)")
     eval_every: int = flag(25, "steps between validations and between saves")
     eval_problems: int = flag(200, "validation problems")
@@ -214,6 +215,7 @@ def train(s: Settings) -> Path | None:
     device, task = pick_device(s.device), load_task(s.task)
     model, tokenizer = load(s.model, device)
     parts = {"policy": (model, adamw(model, s.lr, s))}
+    scorer = torch.compile(model, dynamic=True) if s.compile else model     # not the sampler's, which it would slow down
     if s.algo == "ppo":
         critic = Critic(model)
         parts["critic"] = (critic, adamw(critic, s.critic_lr, s))
@@ -275,7 +277,7 @@ def train(s: Settings) -> Path | None:
             if s.algo == "ppo":
                 critic_updates.append(update_critic(*parts["critic"], episodes[part], value[part], ret[part], s))
             if s.algo == "grpo" or step > s.critic_warmup:
-                updates.append(update(*parts["policy"], episodes[part], logp[part], advantage[part], s))
+                updates.append(update(scorer, parts["policy"][1], episodes[part], logp[part], advantage[part], s))
         sampler.sync()
         updated = time.perf_counter()
 

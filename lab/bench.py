@@ -235,7 +235,7 @@ def trl_steps(s: Settings, device: torch.device, equal: float, between: Callable
         from trl import GRPOConfig, GRPOTrainer
     except ImportError as error:
         raise ValueError(f"the step of TRL needs {error.name}: pip install trl datasets") from None
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
 
     tokenizer, updates = load("base")[1], s.prompts // MINIBATCH
     tokenizer.padding_side = "left"
@@ -267,8 +267,10 @@ def trl_steps(s: Settings, device: torch.device, equal: float, between: Callable
             learning_rate=0.0, lr_scheduler_type="constant", weight_decay=0.01, bf16=False, gradient_checkpointing=False,
             max_steps=updates * (s.turns + 1), report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
         prompts = Dataset.from_list([{"prompt": tokenizer.decode(p)} for p in encoded(s.prompts)])
-        GRPOTrainer(peer_model(load("base", device)[0]), reward, settings, prompts, processing_class=tokenizer,
-                    callbacks=[Clock()]).train()
+        trainer = GRPOTrainer(peer_model(load("base", device)[0]), reward, settings, prompts, processing_class=tokenizer,
+                              callbacks=[Clock()])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     return {name: runs[1:] for name, runs in taken.items() if runs}
 
 

@@ -155,6 +155,33 @@ def tuning(results: Path) -> str:
     return "\n".join(lines)
 
 
+def ppo(results: Path) -> str:
+    """Three seeds of PPO and what was tried before, as Markdown tables, from the curves in ppo.json."""
+    saved = json.loads((results / "ppo.json").read_text())
+    seeds = " | ".join(f"seed {run['seed']}" for run in saved["runs"])
+    lines = [f"| | {' | '.join(f'{name}, {seeds}' for name in ('reward', 'explained variance')).replace('| seed', '| ')} |",
+             "|---" * (1 + 2 * len(saved["runs"])) + "|"]
+    for first in range(0, len(saved["runs"][0]["reward"]), 10):
+        cells = [f"{np.mean(run[name][first:first + 10]):+.3f}" for name in ("reward", "explained_variance")
+                 for run in saved["runs"]]
+        lines.append(f"| steps {first + 1} to {first + 10} | {' | '.join(cells)} |")
+    lines += ["", f"| validation Pass@1 after step | {seeds} |", "|---" * (1 + len(saved["runs"])) + "|"]
+    for step, counts in saved["runs"][0]["validation"].items():
+        cells = []
+        for run in saved["runs"]:
+            table = pass_table(run["validation"][step]["solved"], run["validation"][step]["samples"], (1,))
+            low, high = bootstrap(table)[:, 0]
+            cells.append(f"{table.mean():.3f} [{low:.3f}, {high:.3f}]")
+        lines.append(f"| {step} ({counts['samples']} samples) | {' | '.join(cells)} |")
+    lines += ["", "| learning rate | critic's | explained variance, steps 41 to 50 | validation Pass@1 after step 50 |", "|---|---|---|---|"]
+    for run in saved["tuning"]:
+        table = pass_table(run["solved"], run["samples"], (1,))
+        low, high = bootstrap(table)[:, 0]
+        lines.append(f"| {run['lr']:g} | {run['critic_lr']:g} | {np.mean(run['explained_variance'][40:]):+.3f} | "
+                     f"{table.mean():.3f} [{low:.3f}, {high:.3f}] |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     settings = parse_flags(Settings, __doc__)
     try:
@@ -163,7 +190,7 @@ if __name__ == "__main__":
         else:
             if not settings.tables:
                 study(settings)
-            print(tables(Path(settings.results)), tuning(Path("lab/results")), sep="\n\n")
+            print(tables(Path(settings.results)), tuning(Path("lab/results")), ppo(Path("lab/results")), sep="\n\n")
     except subprocess.CalledProcessError as error:
         sys.exit(f"lab.study: {' '.join(error.cmd[1:])} failed: {error.stderr.strip().splitlines()[-1:]}")
     except (ValueError, OSError) as error:

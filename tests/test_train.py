@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import shutil
 import signal
 import statistics
 import subprocess
@@ -291,12 +292,24 @@ def test_the_same_seed_gives_the_same_weights_and_evaluation_does_not_disturb_th
     assert [json.loads(v)["step"] for v in (often / "validation.jsonl").read_text().splitlines()] == [0, 1, 2]
 
 
-def test_bf16_compute_keeps_fp32_weights_and_stays_close(tmp_path):
-    folder, lines = run(tmp_path, "bf16", dtype="bfloat16", lr=1e-6, samples=8, skip_zero=False)
+@pytest.mark.parametrize("dtypes", [dict(dtype="bfloat16"), dict(decode_dtype="bfloat16")])
+def test_bf16_compute_keeps_fp32_weights_and_stays_close(tmp_path, dtypes):
+    folder, lines = run(tmp_path, "bf16", lr=1e-6, samples=8, skip_zero=False, **dtypes)
     assert 1e-5 < lines[0]["gap_mean"] <= 0.02                              # bf16 was used, and is close
     trained, base = load(str(folder))[0], load("base")[0]
     moved = torch.cat([(p - q).abs().flatten() for p, q in zip(trained.parameters(), base.parameters())])
     assert 0 < moved.max() < 1e-5                                           # below what a bf16 weight could hold
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compile_changes_only_the_rounding(tmp_path, monkeypatch):
+    monkeypatch.setattr(Countdown, "reward", lambda self, problem, text, finished: 1.0 if len(text) % 3 == 0 else -1.0)
+    folders = [run(tmp_path, name, steps=1, samples=8, lr=1e-4, compile=name == "compiled") for name in ("plain", "compiled")]
+    (plain, [line]), (compiled, [other]) = [(load(str(folder))[0].state_dict(), lines) for folder, lines in folders]
+    assert other["reward"] == line["reward"] and other["gap_max"] == pytest.approx(line["gap_max"], abs=1e-4)
+    assert max((plain[name] - compiled[name]).abs().max() for name in plain) < 2.1e-4      # one step of AdamW either way
+    assert other["loss"] == pytest.approx(line["loss"], rel=1e-3) and other["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-3)
+    assert any(not plain[name].equal(compiled[name]) for name in plain)                     # it did something
 
 
 def test_train_never_touches_the_test_problems(tmp_path, monkeypatch):
