@@ -223,8 +223,9 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")
-    if status.exists():                         # not getrusage there: a child process inherits its parent's peak
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+    peak = status.read_text().partition("VmHWM:")[2].split() if status.exists() else []
+    if peak:                                    # better than getrusage, where a child inherits its parent's peak
+        return int(peak[0]) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 

@@ -1,6 +1,6 @@
 """A Qwen2-family decoder in plain PyTorch, and everything that touches its weights. Read after train.py.
 
-    Transformer   tokens -> hidden states; explicit positions; an optional static KV cache
+    Transformer   tokens -> hidden states; explicit positions; an optional KV cache
     Critic        the same body with a scalar head, for PPO
     score         log-probabilities and entropies of given tokens, without ever holding all logits
     load, save    Hugging Face folders in and out; fp32 weights come back bit for bit
@@ -70,23 +70,20 @@ class Attention(nn.Module):
             y = self.decode(q, k, v, cache, place, mask)
         else:
             if cache is not None:                                   # a prefill: rows start at position 0
-                cache[0, :, :time], cache[1, :, :time] = k.transpose(1, 2).flatten(2), v.transpose(1, 2).flatten(2)
+                cache[0, :, :, :time], cache[1, :, :, :time] = k, v
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(batch, time, -1))
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, place: Tensor, mask: Tensor) -> Tensor:
-        """One new token per row against the whole cache, hidden beyond the row's own position: two batched products,
-        one matrix a row. A query is spread over the width of all key heads, with zeros but for its own, so that all
-        heads share a product: half as many, less thin ones take as long in fp32 and half as long in bf16 (on a CPU)."""
-        batch, kv_heads, _, size = k.shape
-        for kind, new in enumerate((k, v)):                         # cache [2, B, L, kv_heads * d]
-            cache[kind].view(-1, kv_heads * size).index_copy_(0, place, new.reshape(batch, -1))
-        wide = q.new_zeros(batch, kv_heads, self.heads // kv_heads, kv_heads, size)
-        wide.diagonal(dim1=1, dim2=3).copy_(q.view(batch, kv_heads, -1, size).permute(0, 2, 3, 1) * size ** -0.5)
-        weight = torch.bmm(wide.view(batch, self.heads, -1), cache[0].transpose(1, 2)) + mask   # [B, heads, L]
-        weight = weight.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
-        y = torch.bmm(weight, cache[1]).view(wide.shape).diagonal(dim1=1, dim2=3)   # [B, group, d, kv_heads]
-        return y.permute(0, 3, 1, 2).reshape(batch, self.heads, 1, size)
+        """One new token per row against the whole cache, hidden beyond the row's own position. The group
+        of query heads of one key head becomes the rows of one matrix product: two batched products in all."""
+        for kind, new in enumerate((k, v)):                         # cache [2, B, kv_heads, L, d]
+            cache[kind].view(-1, self.head_dim).index_copy_(0, place, new.reshape(-1, self.head_dim))
+        keys, values = cache.flatten(1, 2)                          # [B * kv_heads, L, d] each
+        q = q.reshape(len(keys), -1, self.head_dim) * self.head_dim ** -0.5   # [B * kv_heads, group, d]
+        weight = torch.bmm(q, keys.transpose(1, 2)).view(len(k), self.heads, -1) + mask      # [B, heads, L]
+        weight = weight.softmax(dim=-1).view(len(keys), -1, keys.shape[1])    # sums in fp32 whatever the dtype
+        return torch.bmm(weight, values).view(len(k), self.heads, 1, -1)
 
 
 class MLP(nn.Module):
@@ -135,11 +132,11 @@ class Transformer(nn.Module):
         return self.embed_tokens.weight if self.config.get("tie_word_embeddings", False) else self.lm_head.weight
 
     def new_cache(self, rows: int, length: int) -> Tensor:
-        """Keys and values: [layers, 2, rows, length, kv_heads * head_dim]. Zeros, not empty: masked positions
+        """Keys and values: [layers, 2, rows, kv_heads, length, head_dim]. Zeros, not empty: masked positions
         are multiplied by a weight of 0, and 0 * nan is nan."""
         c = self.config
-        return torch.zeros(c["num_hidden_layers"], 2, rows, length,
-                           c["num_key_value_heads"] * (c["hidden_size"] // c["num_attention_heads"]),
+        return torch.zeros(c["num_hidden_layers"], 2, rows, c["num_key_value_heads"], length,
+                           c["hidden_size"] // c["num_attention_heads"],
                            dtype=self.head.dtype, device=self.head.device)
 
     def forward(self, tokens: Tensor, position: Tensor, cache: Tensor | None = None) -> Tensor:
@@ -155,8 +152,9 @@ class Transformer(nn.Module):
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         mask = place = None
         if cache is not None and tokens.shape[1] == 1:
-            length = cache.shape[3]
-            place = torch.arange(len(tokens), device=tokens.device) * length + position[:, 0]   # in the flattened rows
+            kv_heads, length = cache.shape[3:5]
+            rows = torch.arange(len(tokens) * kv_heads, device=tokens.device).view(-1, kv_heads) * length
+            place = (rows + position).flatten()                                     # of the new keys, rows laid end to end
             hidden_keys = torch.arange(length, device=tokens.device) > position     # [B, L]
             mask = torch.zeros(hidden_keys.shape, device=x.device, dtype=x.dtype).masked_fill_(hidden_keys, -torch.inf)
             mask = mask[:, None]                                                    # [B, 1, L]

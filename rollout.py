@@ -1,6 +1,6 @@
 """Batched KV-cached sampling: prompts in, episodes out. Read after task.py.
 
-A *slot* is one row of a static cache. Every slot is at its own position, so nothing is ever padded on the
+A *slot* is one row of the cache. Every slot is at its own position, so nothing is ever padded on the
 left; a prompt runs through the model once and its keys and values are copied to its G samples; a slot
 takes the next sequence as soon as the host sees that its own has ended. The host looks only every few
 tokens: a finished slot writes into a spare column until then, and no step in between waits for the host.
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from model import Transformer, response_mask
 
 CHECK_EVERY = 8             # tokens between two looks at the finished flags
-GROW_BY = 16                # the cache is as long as the furthest row needs, in multiples of this
+GROW_BY = 16                # the cache is as long as the furthest row so far has needed, in multiples of this
 PREFILL_TOKENS = 16384      # prompt tokens (with padding) per prefill, which bounds its memory
 
 
@@ -73,7 +73,7 @@ def sample(logits: Tensor, temperature: float, top_p: float,
     p = (z - lse).exp()
     cdf = p.double().cumsum(dim=-1)
     u = torch.rand(len(p), 1, dtype=torch.float64, generator=generator, device=p.device)
-    token = (cdf <= u * cdf[:, -1:]).sum(dim=-1)                        # [S]; its p is never 0
+    token = (cdf <= u * cdf[:, -1:]).sum(dim=-1)                        # [S]; first above, so its p is not 0
     entropy = lse[:, 0] - (p * z.masked_fill(p == 0, 0.0)).sum(dim=-1)  # 0 * -inf would be nan
     return token, (z.gather(1, token[:, None]) - lse)[:, 0], entropy
 
@@ -118,6 +118,11 @@ class Sampler:
             for mine, theirs in zip(self.decoder.parameters(), self.model.parameters()):
                 mine.copy_(theirs)
 
+    def allocate(self, rows: int) -> None:
+        """Makes room for the longest sequences in `rows` slots, unless it is there."""
+        if self.cache is None or self.cache.shape[2] < rows:
+            self.cache = self.decoder.new_cache(rows, rounded(self.max_length))
+
     def free(self) -> None:
         """Gives the cache back, before an update that needs the memory."""
         self.cache = None
@@ -140,9 +145,8 @@ class Sampler:
         episodes: list[Episode | None] = [None] * len(queue)
         rows, started = min(self.slots, len(queue)), 0
         bar = tqdm(total=len(queue), desc=progress, unit="seq", leave=False, disable=None if progress else True)
-        if self.cache is None or self.cache.shape[2] < rows:
-            self.cache = self.decoder.new_cache(rows, rounded(self.max_length))
-        cache = self.part(rows, longest)                                # [layers, 2, S, L, kv_heads * d]
+        self.allocate(rows)
+        cache = self.part(rows, longest)                                # [layers, 2, S, kv_heads, L, d]
         owner = [-1] * rows                                             # the episode in each slot; -1: free
         zeros = lambda *shape, dtype=torch.int64: torch.zeros(*shape, dtype=dtype, device=self.device)
         token, position, count = zeros(rows), zeros(rows), zeros(rows)  # [S]
@@ -166,13 +170,13 @@ class Sampler:
                 started += len(take)
                 slots = torch.tensor(slots, device=self.device)
                 source = torch.tensor([queue[i] - bank_first for i in take], device=self.device)
-                cache[:, :, slots, :bank.shape[3]] = bank[:, :, source]
+                cache[:, :, slots, :, :bank.shape[4]] = bank[:, :, source]
                 token[slots] = torch.tensor([prompts[queue[i]][-1] for i in take], device=self.device)
                 position[slots] = torch.tensor([len(prompts[queue[i]]) - 1 for i in take], device=self.device)
                 count[slots], alive[slots] = 0, True
 
             reach = min(int(position.max()) + CHECK_EVERY, self.max_length)     # no row gets further in this round
-            if reach > cache.shape[3]:
+            if reach > cache.shape[4]:
                 cache = self.longer(cache, reach)
             for _ in range(CHECK_EVERY):                                # decode
                 hidden = self.decoder(token[:, None], position[:, None], cache)[:, 0]   # [S, width]
@@ -207,7 +211,7 @@ class Sampler:
     def part(self, rows: int, length: int) -> Tensor:
         """The start of the buffer as a cache of `rows` and at least `length`. Without gaps: matrix products over a
         slice of a longer cache take twice as long (measured on a CPU)."""
-        shape = (*self.cache.shape[:2], rows, rounded(length), self.cache.shape[4])
+        shape = (*self.cache.shape[:2], rows, self.cache.shape[3], rounded(length), self.cache.shape[5])
         return self.cache.view(-1)[:math.prod(shape)].view(shape)
 
     def longer(self, cache: Tensor, length: int) -> Tensor:
@@ -216,13 +220,13 @@ class Sampler:
         grown = self.part(cache.shape[2], length)
         for layer in reversed(range(len(cache))):
             for kind in (1, 0):
-                grown[layer, kind, :, :cache.shape[3]] = cache[layer, kind].clone()
+                grown[layer, kind, :, :, :cache.shape[4]] = cache[layer, kind].clone()
         return grown
 
     def prefill(self, prompts: Sequence[Sequence[int]], first: int) -> tuple[Tensor, int]:
         """Runs prompts[first:end] through the model, as many as the token budget allows, all but their last
         token, which the first decode step takes. Returns their keys and values
-        [layers, 2, prompts, T, kv_heads * d] and `end`."""
+        [layers, 2, prompts, kv_heads, T, d] and `end`."""
         end, longest = first, 1
         while end < len(prompts):
             wider = max(longest, len(prompts[end]) - 1)

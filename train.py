@@ -69,7 +69,7 @@ class Settings:
     slots: int = flag(512, "sequences decoded at a time")
     micro_tokens: int = flag(2048, "tokens, with padding, in one forward and backward pass")
     chunk: int = flag(2048, "response tokens whose logits exist at a time")
-    compile: bool = flag(False, "torch.compile the update's forward and backward pass (needs a C++ compiler)")
+    compile: bool = flag(False, "torch.compile the policy's update (needs a C++ compiler)")
     skip_zero: bool = flag(True, "leave sequences with zero advantage out of the forward pass (exact)")
     eval_every: int = flag(25, "steps between validations and between saves")
     eval_problems: int = flag(200, "validation problems")
@@ -116,7 +116,7 @@ def run_name(s: Settings) -> str:
     usual = Settings(algo=s.algo)
     parts = [f"{f.name.replace('_', '')}={getattr(s, f.name)}" for f in dataclasses.fields(s)
              if f.name not in ("name", "out", "overwrite", "resume", "dry_run")
-             and getattr(s, f.name) != getattr(usual, f.name)]
+             and getattr(s, f.name) != (s.dtype if f.name == "decode_dtype" else getattr(usual, f.name))]
     return quote("-".join([s.algo, *parts]), safe="=,-")
 
 
@@ -228,7 +228,7 @@ def train(s: Settings) -> Path | None:
     if s.dry_run:           # no response ends, the forward pass leaves nothing out, the cache is a validation's
         sampler.eos_ids, problems, s = (-1,), [longest], dataclasses.replace(s, steps=1, skip_zero=False, critic_warmup=0)
         rows = min(s.slots, max(s.prompts * s.samples, len(validation) * max(s.eval_samples, s.final_samples)))
-        sampler.cache = sampler.decoder.new_cache(rows, sampler.max_length)
+        sampler.allocate(rows)
         run, done, log, validated = Path("dry run"), 0, [], []
     else:
         run = Path(s.resume) if s.resume else open_run(s, s.name or run_name(s))

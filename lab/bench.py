@@ -4,19 +4,25 @@
     refill   natural lengths, four times as many sequences as slots, against generate in static batches
     update   the policy's update at equal tokens, against the same loss written over transformers' model
     step     a whole GRPO step against TRL's GRPOTrainer, at a real run's share of equal groups and at none
-    memory   the peak resident memory of such a step, each side in a process of its own
+    memory   the peak resident memory of such a step, and what it was before, each side in a process of its own
     growth   our decode and update time against batch, length and share of equal groups
 
 Both sides get the same weights, prompts and numbers of samples, and work in turn in one process, so that whatever
 else the machine does meets both. The first turn warms up and does not count. A ratio is the peer's seconds over ours
-in the same turn; medians and quartiles over the turns are printed. What is not equal is said in the row's name. No
-side uses gradient checkpointing, and bf16 only where the name says so. The learning rate is 0: every turn starts
-from the same weights, and nothing here tells of quality.
+in the same turn; medians and quartiles over the turns are printed. No side uses gradient checkpointing, and bf16 only
+where the name says so. The learning rate is 0: every turn starts from the same weights, and nothing here tells of
+quality.
+
+What is not equal. Our sampler records log-probabilities and entropies, and generate does not; ours keeps its cache
+from turn to turn. Where lengths are natural, both draw anew every turn. TRL scores a rollout once more before it
+learns from it (we take the sampler's log-probabilities) and has no entropy line; it takes 16 sequences at a time,
+which is about our micro-batch and needs less memory than its 64 at a time, at the same speed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import platform
 import subprocess
@@ -47,6 +53,7 @@ SHAPES = {"1.5b": dict(vocab_size=151936, hidden_size=1536, intermediate_size=89
                      num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False)}
 SAMPLES, MINIBATCH, LIMIT = 16, 4, 128          # answers per problem, problems per optimizer step, longest response
 SHAPE = (128, 32)                               # growth: the smallest shape, sequences and tokens
+SIDES = ("ours", "trl-16-at-a-time", "trl-64-at-a-time")       # memory
 Turns = dict[str, list[tuple[float, int]]]      # side -> seconds and tokens of every turn
 
 
@@ -61,12 +68,12 @@ class Settings:
     prompts: int = flag(32, f"update, step, memory: problems of a rollout, {SAMPLES} answers each")
     equal: float = flag(0.23, "step, memory: share of groups whose answers are all wrong; 0.23 is the default run's")
     json: str = flag("", "also write the figures, with every turn, to this file")
-    alone: str = flag("", "used by memory itself: run this side alone and print its peak", choices=("", "ours", "trl"))
+    alone: str = flag("", "used by memory itself: run this side alone and print its peak", choices=("", *SIDES))
 
 
 def alternate(sides: dict[str, Callable[[], int]], turns: int) -> Turns:
-    """Runs the sides in turn, first forwards, then backwards; a side returns how many tokens it dealt with. The
-    tokens come from the host, so its work is done by then on any device."""
+    """Runs the sides in turn, first backwards, then forwards; a side returns how many tokens it dealt with, once its
+    work is done on the device too."""
     taken: Turns = {name: [] for name in sides}
     for turn in range(turns + 1):
         for name in list(sides)[::1 if turn % 2 else -1]:
@@ -123,6 +130,11 @@ def peer_generate(peer, prompts: Sequence[Sequence[int]], new_tokens: int, eos: 
     return int((made == eos).int().cumsum(1).eq(0).sum() + (made == eos).any(1).sum())     # up to the first end token
 
 
+def settle(model: torch.nn.Module) -> None:
+    """Reads a weight, so that the device has done by then what it was asked for before."""
+    float(next(model.parameters()).flatten()[0])
+
+
 def decode(s: Settings, device: torch.device) -> Turns:
     model = pick_model(s.shape, device)
     prompts = torch.randint(1, model.config["vocab_size"], (s.slots, 16), generator=seeded_generator(0, 0, "bench")).tolist()
@@ -139,15 +151,14 @@ def decode(s: Settings, device: torch.device) -> Turns:
 
 def refill(s: Settings, device: torch.device) -> Turns:
     model, prompts = load("base", device)[0], encoded(4 * s.slots // SAMPLES)
-    each, sides = s.slots // SAMPLES, {}
+    each, sides, turn = s.slots // SAMPLES, {}, itertools.count()
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         sampler = Sampler(model, s.slots, max(map(len, prompts)) + LIMIT, model.eos_ids, dtype)
         sides[f"ours, {name}"] = lambda sampler=sampler: sum(len(e.response) for e in sampler.generate(
-            prompts, SAMPLES, LIMIT, 1.0, seeded_generator(0, 0, "bench", device)))
-    peer = peer_model(model)
-    sides["generate, fp32, static batches"] = lambda: sum(
-        peer_generate(peer, [p for p in prompts[i:i + each] for _ in range(SAMPLES)], LIMIT, model.eos_ids[0])
-        for i in range(0, len(prompts), each))
+            prompts, SAMPLES, LIMIT, 1.0, seeded_generator(0, next(turn), "bench", device)))
+        sides[f"generate, {name}, static batches"] = lambda peer=peer_model(model, dtype): sum(
+            peer_generate(peer, [p for p in prompts[i:i + each] for _ in range(SAMPLES)], LIMIT, model.eos_ids[0])
+            for i in range(0, len(prompts), each))
     return alternate(sides, s.turns)
 
 
@@ -172,6 +183,7 @@ def our_update(model: Transformer, optimizer, episodes: list[Episode], reward: T
     for i in range(0, len(episodes), MINIBATCH * SAMPLES):
         part = slice(i, i + MINIBATCH * SAMPLES)
         train.update(model, optimizer, episodes[part], logp[part], advantage[part], s)
+    settle(model)
     return int(counted.sum())
 
 
@@ -198,6 +210,7 @@ def peer_update(peer, optimizer, episodes: list[Episode], reward: Tensor, s: tra
         torch.nn.utils.clip_grad_norm_(peer.parameters(), s.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
+    settle(peer)
     return int(counted.sum())
 
 
@@ -220,21 +233,29 @@ def update(s: Settings, device: torch.device) -> Turns:
 def our_step(s: Settings, device: torch.device, equal: float) -> Callable[[], int]:
     model, prompts, settings = load("base", device)[0], encoded(s.prompts), train.Settings(lr=0.0)
     sampler, optimizer = Sampler(model, 512, max(map(len, prompts)) + LIMIT, model.eos_ids), train.adamw(model, 0.0, settings)
+    turn = itertools.count()
 
     def step() -> int:
-        episodes = sampler.generate(prompts, SAMPLES, LIMIT, 1.0, seeded_generator(0, 0, "bench", device))
+        episodes = sampler.generate(prompts, SAMPLES, LIMIT, 1.0, seeded_generator(0, next(turn), "bench", device))
         sampler.free()
         return our_update(model, optimizer, episodes, rewards(s.prompts, equal), settings)
     return step
 
 
-def trl_steps(s: Settings, device: torch.device, equal: float, between: Callable[[], int] | None) -> Turns:
-    """TRL's trainer owns its loop, so our step runs in a callback of it, after each of its rollouts."""
+def import_trl() -> tuple:
     try:
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
     except ImportError as error:
         raise ValueError(f"the step of TRL needs {error.name}: pip install trl datasets") from None
+    return Dataset, GRPOConfig, GRPOTrainer
+
+
+def trl_steps(s: Settings, device: torch.device, equal: float, between: Callable[[], int] | None = None,
+              at_once: int = SAMPLES) -> Turns:
+    """TRL's trainer owns its loop, so our step runs in a callback of it, after each of its rollouts. It takes `at_once`
+    sequences in one forward and backward pass, and as many of those per optimizer step as ours does."""
+    Dataset, GRPOConfig, GRPOTrainer = import_trl()
     from transformers import PrinterCallback, TrainerCallback
 
     tokenizer, updates = load("base")[1], s.prompts // MINIBATCH
@@ -249,6 +270,7 @@ def trl_steps(s: Settings, device: torch.device, equal: float, between: Callable
 
         def on_step_end(self, arguments, state, control, **_):
             if state.global_step % updates == 0:
+                settle(trainer.model)
                 taken["TRL"].append((time.perf_counter() - self.started, tokens[0]))
                 if between:
                     started = time.perf_counter()
@@ -261,8 +283,9 @@ def trl_steps(s: Settings, device: torch.device, equal: float, between: Callable
 
     with tempfile.TemporaryDirectory() as folder:
         settings = GRPOConfig(
-            output_dir=folder, use_cpu=device.type == "cpu", per_device_train_batch_size=MINIBATCH * SAMPLES,
-            gradient_accumulation_steps=1, steps_per_generation=updates, num_generations=SAMPLES, max_completion_length=LIMIT,
+            output_dir=folder, use_cpu=device.type == "cpu", per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=MINIBATCH * SAMPLES // at_once, num_generations=SAMPLES, max_completion_length=LIMIT,
+            steps_per_generation=updates * MINIBATCH * SAMPLES // at_once,
             temperature=1.0, top_p=1.0, top_k=0, beta=0.0, epsilon=0.2, epsilon_high=0.28, loss_type="dapo",
             learning_rate=0.0, lr_scheduler_type="constant", weight_decay=0.01, bf16=False, gradient_checkpointing=False,
             max_steps=updates * (s.turns + 1), report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
@@ -274,22 +297,26 @@ def trl_steps(s: Settings, device: torch.device, equal: float, between: Callable
     return {name: runs[1:] for name, runs in taken.items() if runs}
 
 
-def memory(s: Settings) -> dict[str, float]:
-    """GB, of the two sides, in processes of their own."""
-    return {side: float(subprocess.run(
+def memory(s: Settings) -> dict[str, list[float]]:
+    """GB before the first step and at the peak, of the sides in processes of their own."""
+    return {side: [float(gb) for gb in subprocess.run(
         [sys.executable, "-m", "lab.bench", "memory", "--alone", side, "--turns", str(s.turns), "--prompts", str(s.prompts),
-         "--equal", str(s.equal), "--device", s.device], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-        for side in ("ours", "trl")}
+         "--equal", str(s.equal), "--device", s.device], check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-2:]]
+        for side in SIDES}
 
 
-def alone(s: Settings, device: torch.device) -> float:
-    if s.alone == "ours":
+def alone(s: Settings, device: torch.device) -> tuple[float, float]:
+    if s.alone == SIDES[0]:
         step = our_step(s, device, s.equal)
+        before = peak_memory(device)
         for _ in range(s.turns + 1):
             step()
     else:
-        trl_steps(s, device, s.equal, None)
-    return peak_memory(device)
+        import_trl()
+        peer_model(load("base", device)[0])
+        before = peak_memory(device)
+        trl_steps(s, device, s.equal, at_once=MINIBATCH * SAMPLES if s.alone == SIDES[2] else SAMPLES)
+    return before, peak_memory(device)
 
 
 def growth(s: Settings, device: torch.device) -> dict[str, Turns]:
@@ -323,7 +350,7 @@ def bench(s: Settings) -> dict:
                          f"{MINIBATCH}, --equal a share from 0 to 1")
     device = pick_device(s.device)
     if s.alone:
-        print(alone(s, device))
+        print(*alone(s, device))
         return {}
     machine = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}"
     print(machine, f"median [quartiles] of {s.turns} turns", sep="; ")
@@ -332,7 +359,7 @@ def bench(s: Settings) -> dict:
         if command == "memory":
             record["memory"] = memory(s)
             print(f"\nmemory: peak of a GRPO step's process, {s.prompts} x {SAMPLES} answers: "
-                  + ", ".join(f"{side} {gb:.2f} GB" for side, gb in record["memory"].items()))
+                  + ", ".join(f"{side} {peak:.2f} GB ({before:.2f} before)" for side, (before, peak) in record["memory"].items()))
         elif command == "growth":
             record["growth"] = growth(s, device)
             for part, taken in record["growth"].items():

@@ -30,6 +30,9 @@ STYLES = [dict(color=c, linestyle=l, marker=m) for c, l, m in
            ("0.7", (0, (1, 3)), "x"))]
 
 
+SPEED = ("slots", "micro_tokens", "chunk", "skip_zero", "compile", "device")    # change nothing but time and rounding
+
+
 @dataclass
 class Settings:
     runs: tuple = flag((), "run folders", nargs="+", type=str)
@@ -61,9 +64,9 @@ def read_run(folder: Path) -> dict:
 
 
 def by_settings(runs: list[dict]) -> dict[str, list[dict]]:
-    """Runs that differ in nothing but the seed (and where they are) -> one entry, named by what it has of its own."""
+    """Runs that differ in nothing but the seed (and where they are, and SPEED) -> one entry, named by what it has of its own."""
     names = [f.name for f in dataclasses.fields(TrainSettings)
-             if f.name not in ("name", "out", "overwrite", "resume", "seed")]
+             if f.name not in ("name", "out", "overwrite", "resume", "seed", *SPEED)]
     value = lambda run, name: getattr(run["settings"], name)
     own = [name for name in names if name != "algo" and len({value(run, name) for run in runs}) > 1]
     groups: dict[tuple, list[dict]] = {}

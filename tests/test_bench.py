@@ -61,8 +61,7 @@ def test_the_commands_run_and_leave_their_figures(tmp_path, capsys, monkeypatch)
     printed, record = capsys.readouterr().out, json.loads((tmp_path / "b.json").read_text())
     assert "torch " + torch.__version__ in printed and printed.count("| ours") == 5
     assert [tokens for _, tokens in record["decode"]["ours, bf16"]] == [64]
-    assert {name: len(turns) for name, turns in record["refill"].items()} == {
-        "ours, fp32": 1, "ours, bf16": 1, "generate, fp32, static batches": 1}
+    assert [len(turns) for turns in record["refill"].values()] == [1] * 4
     assert len({turns[0][1] for turns in record["update"].values()}) == 1           # equal tokens
     for bad in (dict(slots=10), dict(prompts=5), dict(turns=0), dict(equal=1.5)):
         with pytest.raises(ValueError, match="--turns and --new-tokens"):
@@ -91,5 +90,5 @@ def test_memory_of_a_process_of_its_own():
     """Not the parent's peak, which getrusage would tell."""
     ballast = torch.ones(400_000_000)                                               # 1.6 GB
     command = [sys.executable, "-m", "lab.bench", "memory", "--alone", "ours", "--turns", "1", "--prompts", "4"]
-    alone = float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    assert 0.1 < alone < 1.2 < train.peak_memory(torch.device("cpu")) and len(ballast)
+    before, peak = map(float, subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split())
+    assert 0.1 < before < peak < 1.2 < train.peak_memory(torch.device("cpu")) and len(ballast)

@@ -153,12 +153,12 @@ def test_the_critics_values_are_fp32_in_bf16_compute(qwen2):
 def test_a_dry_run_takes_every_token_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     base = str(train.Path(train.__file__).parent / "base")
-    for algo in ("grpo", "ppo"):
+    for algo, problems in (("grpo", 1), ("ppo", 50)):                      # validations that need less room, and more
         seen = []
         original = train.update
         with monkeypatch.context() as patch:
             patch.setattr(train, "update", lambda *arguments: seen.append(original(*arguments)) or seen[-1])
-            assert train.train(Settings(model=base, dry_run=True, **SMALL | {"algo": algo})) is None
+            assert train.train(Settings(model=base, dry_run=True, **SMALL | {"algo": algo, "eval_problems": problems})) is None
         assert [sums["tokens"] for sums in seen] == [6 * 24, 6 * 24]       # every response at the limit, and scored
         printed = capsys.readouterr().out
         assert "12 sequences of 31 tokens, peak memory" in printed and "rollout" in printed
