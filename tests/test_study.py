@@ -13,7 +13,7 @@ import torch
 
 import lab.study
 from evaluate import parse_flags
-from lab.study import ARMS, BEHAVIOUR, Settings, key, measure, read, study, tables, tuning
+from lab.study import ARMS, BEHAVIOUR, Settings, key, measure, ppo, read, study, tables, tuning
 from train import Settings as TrainSettings
 from train import check
 
@@ -130,11 +130,23 @@ RESULTS = Path("lab/results")
 def test_the_published_tables_come_from_the_saved_counts():
     published, readme = Path("lab/RESULTS.md").read_text(), Path("README.md").read_text()
     found = tables(RESULTS)
-    for line in [*found.splitlines(), *tuning(RESULTS).splitlines()]:
+    for line in [*found.splitlines(), *tuning(RESULTS).splitlines(), *ppo(RESULTS).splitlines()]:
         assert line in published, line
     core, _, behaviour = found.split("\n\n")
     for line in [*core.splitlines(), *behaviour.splitlines()]:
         assert line in readme, line
+
+
+def test_what_is_said_of_ppo_holds_for_every_seed():
+    runs = json.loads((RESULTS / "ppo.json").read_text())["runs"]
+    assert [run["seed"] for run in runs] == [0, 1, 2]
+    for run in runs:
+        mean = lambda name, first: statistics.mean(run[name][first:first + 10])
+        assert len(run["reward"]) == 100 and mean("explained_variance", 0) < 0.03 < mean("explained_variance", 90)
+        assert mean("reward", 90) > mean("reward", 0) + 0.15
+        first, last = ([count / run["validation"][step]["samples"] for count in run["validation"][step]["solved"]]
+                       for step in ("0", "100"))
+        assert statistics.mean(last) > 2 * statistics.mean(first)
 
 
 def test_the_saved_counts_are_whole():
