@@ -132,7 +132,7 @@ def peer_generate(peer, prompts: Sequence[Sequence[int]], new_tokens: int, eos: 
 
 def settle(model: torch.nn.Module) -> None:
     """Reads a weight, so that the device has done by then what it was asked for before."""
-    float(next(model.parameters()).flatten()[0])
+    float(next(model.parameters()).detach().flatten()[0])
 
 
 def decode(s: Settings, device: torch.device) -> Turns:

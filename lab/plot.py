@@ -111,7 +111,7 @@ def draw(groups: dict[str, list[dict]], out: Path) -> list[Path]:
         axis.set(xlabel="step", ylabel=label)
         axis.grid(color="0.9")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(written[0], dpi=150)
+    figure.savefig(written[0], dpi=110)
     plt.close(figure)
 
     finished = {group: [run for run in runs if run["final"]] for group, runs in groups.items()}
@@ -132,7 +132,7 @@ def draw(groups: dict[str, list[dict]], out: Path) -> list[Path]:
     axis.xaxis.set_major_formatter("{x:.0f}")
     axis.grid(color="0.9")
     axis.legend(frameon=False)
-    figure.savefig(written[1], dpi=150)
+    figure.savefig(written[1], dpi=110)
     plt.close(figure)
     return written
 

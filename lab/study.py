@@ -158,14 +158,14 @@ def tuning(results: Path) -> str:
 def ppo(results: Path) -> str:
     """Three seeds of PPO and what was tried before, as Markdown tables, from the curves in ppo.json."""
     saved = json.loads((results / "ppo.json").read_text())
-    seeds = " | ".join(f"seed {run['seed']}" for run in saved["runs"])
-    lines = [f"| | {' | '.join(f'{name}, {seeds}' for name in ('reward', 'explained variance')).replace('| seed', '| ')} |",
-             "|---" * (1 + 2 * len(saved["runs"])) + "|"]
+    seeds = [f"seed {run['seed']}" for run in saved["runs"]]
+    columns = [f"{name}, {seed}" for name in ("reward", "explained variance") for seed in seeds]
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for first in range(0, len(saved["runs"][0]["reward"]), 10):
         cells = [f"{np.mean(run[name][first:first + 10]):+.3f}" for name in ("reward", "explained_variance")
                  for run in saved["runs"]]
         lines.append(f"| steps {first + 1} to {first + 10} | {' | '.join(cells)} |")
-    lines += ["", f"| validation Pass@1 after step | {seeds} |", "|---" * (1 + len(saved["runs"])) + "|"]
+    lines += ["", f"| validation Pass@1 after step | {' | '.join(seeds)} |", "|---" * (1 + len(seeds)) + "|"]
     for step, counts in saved["runs"][0]["validation"].items():
         cells = []
         for run in saved["runs"]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,3 +93,15 @@ def test_memory_of_a_process_of_its_own():
     command = [sys.executable, "-m", "lab.bench", "memory", "--alone", "ours", "--turns", "1", "--prompts", "4"]
     before, peak = map(float, subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split())
     assert 0.1 < before < peak < 1.2 < train.peak_memory(torch.device("cpu")) and len(ballast)
+
+
+def test_the_published_tables_come_from_the_saved_turns():
+    published = Path("lab/BENCHMARKS.md").read_text()
+    record = json.loads(Path("lab/results/bench.json").read_text())
+    found = [bench.growth_table(part, taken) for part, taken in record["growth"].items()]
+    found += [table(name, taken) for name, taken in record.items() if isinstance(taken, dict) and name not in ("memory", "growth")]
+    assert len(found) == 7
+    for line in "\n".join(text.split("\n\n", 1)[1] for text in found).splitlines():
+        assert line in published, line
+    for side, (before, peak) in record["memory"].items():
+        assert f"| {side} | {peak:.2f} | {before:.2f} |" in published
