@@ -123,8 +123,8 @@ def run_name(s: Settings) -> str:
 def update(model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[Episode], old_logp: Tensor,
            advantage: Tensor, s: Settings) -> Counter:
     """One optimizer step of the policy on the episodes of a minibatch; old_logp, advantage [N, R], one per response
-    token, 0 beyond. Returns policy_loss's sums, the sums of psi / |A| and of the gap to the sampler, the largest gap, the norm, and
-    the seconds of scoring."""
+    token, 0 beyond. Returns policy_loss's sums, the sums of psi / |A| and of the gap to the sampler, the largest gap,
+    the norm, and the seconds of scoring."""
     device, total = model.head.device, Counter()
     denominator = sum(len(e.response) for e in episodes)        # of the whole step, whatever is left out below
     # Without a KL or entropy term, A = 0 means no gradient: such sequences need no forward pass.
