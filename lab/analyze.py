@@ -1,27 +1,22 @@
-"""Where is the entropy, and does it sit on exploratory reasoning? `python -m lab.analyze base` or `... RUN --base base`.
+"""Where is the entropy, and does it sit on exploratory reasoning? `python -m lab.analyze RUN --base base`.
 
-Samples responses (or reads those of a file), scores the entropy of every token under the model, and compares:
+Samples responses (or reads those of a file), scores the entropy of every token under the model, and compares
 
-    pivotal tokens       with the other tokens                              (the paper's Section 2 and Figure 2)
+    pivotal tokens       with the other tokens                                  (the paper's Section 2 and Figure 2)
     reflective actions   sentences that verify, correct or start again, with the others
     rare behaviours      the 10 % of sentences furthest from their 5 nearest sentences of --base, with the rest
-    the same within bins of position, difficulty and so on: does the difference survive?
-    runs side by side    length, repetition, pivotal tokens, reflective actions (Section 6), and their answers to a problem
 
-It prints tables and writes report.json, entropy.png (bars with 95 % intervals) and responses.html (every token coloured
-by its entropy, the paper's Figure 1) to --out.
+each over all and within bins of position, difficulty and so on, which later papers ask for: does the difference survive?
+Then runs side by side: length, repetition, pivotal tokens and reflective actions (Section 6), and their answers to the
+same problem. Tables are printed; report.json, entropy.png and responses.html (the paper's Figure 1) go to --out.
 
-The paper's: the three comparisons, k = 5, 10 %, and some of the words (because, therefore, thus, however, although, first,
-then, suggest, demonstrate, recall; verify, check). Ours, where it is silent: the other words, the splitter, the sentence
-vectors (mean hidden states of the base model, each sentence read alone, at unit length, so that one space serves both
-models; --encoder takes a sentence-transformers model instead), and that only the first token of a pivotal word counts,
-where the word is chosen. Words are found by spelling: "the first term" counts as sequential, "a check for $20" as a check.
-End tokens are left out. Also ours: effect sizes, intervals over responses (tokens of one response depend on each other),
-and a permutation test that shuffles the labels within each response.
+The paper's: the comparisons, k = 5, 10 %. Ours, where it is silent: the lists (lab/exploration.py); the sentence vectors,
+mean hidden states of the base model at unit length, each sentence read alone, or those of an --encoder; effect sizes;
+intervals by a bootstrap over responses, whose tokens depend on each other; a permutation test that shuffles labels within
+responses. Sampled end tokens are left out. Difficulty is, on countdown, how few chains solve a problem; else the file's level.
 
-On countdown, pivotal tokens are the operators and operands there is a choice of, the others are `=`, results and the last
-number left; reflective are `vs ...`, `wait` and the attempts after it. Much of this holds by construction: forced tokens
-have entropy near 0, and the checks came from the generator. There the comparison of base and trained model is what informs.
+On countdown part of this holds by construction: `=` and results are determined, so their entropy is near 0, and the checks
+come from the generator of the base model's texts. What informs there is the comparison of base and trained model.
 """
 
 from __future__ import annotations
@@ -45,58 +40,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaluate import flag, parse_flags, pick_device
-from model import find_folder, load, response_mask, score
-from rollout import Episode, Sampler, collate, micro_batches, seeded_generator, texts
-from task import NUMBER, OPERATORS, Countdown, Problem, chains, numbers_of
+from lab.exploration import COUNTDOWN, TEXT, dissect_countdown, dissect_text
+from model import find_folder, load, score
+from rollout import Episode, Sampler, collate, micro_batches, seeded_generator
+from task import Countdown, chains, numbers_of
 
-PIVOTAL = {
-    "causal": "because, therefore, thus, hence, since, so, consequently, accordingly, as a result, due to",
-    "contrastive": "however, although, though, but, yet, instead, whereas, nevertheless, nonetheless, otherwise, unless, "
-                   "despite, conversely, on the other hand, in contrast",
-    "sequential": "first, firstly, second, secondly, third, thirdly, then, next, finally, lastly, afterwards, subsequently",
-    "reasoning verbs": "suggest, suggests, suggesting, demonstrate, demonstrates, demonstrating, recall, recalling, assume, "
-                       "assuming, suppose, consider, considering, imply, implies, implying, conclude, concludes, deduce, "
-                       "infer, observe, notice, note, show, shows, prove, proves"}
-CATEGORY = {word: category for category, words in PIVOTAL.items() for word in words.split(", ")}
-# Not within a longer or hyphenated word ("so-called"), nor a LaTeX command (\implies). Longest first; all literal, so
-# that no text can make the search explode.
-WORD = re.compile(r"(?<![\w\\])(?<!\w-)(?:" + "|".join(re.escape(w).replace(r"\ ", r"\s") for w in
-                  sorted(CATEGORY, key=len, reverse=True)) + r")(?!-?\w)", re.IGNORECASE)
-REFLECTIVE = {name: re.compile(r"(?<![\w\\])(?:" + pattern + r")(?!\w)", re.IGNORECASE) for name, pattern in {
-    "verify": r"(?:re-?|double[- ])?(?:verif(?:y|ies|ied|ying|ication)|check(?:s|ed|ing)?)|(?:re-?)?confirm(?:s|ed|ing)?"
-              r"|make\ssure|(?:plug|substitut)(?:e|ed|ging|ing)?(?:\s\S{1,20}){0,3}\sback",
-    "correct": r"mistakes?|mistaken|incorrect(?:ly)?|wrong|an\serror|correct(?:ed|ing|ion)|(?:me|to)\scorrect"
-               r"|wait(?=\s?(?:[,.!:…—]|--))|hold\son|hmm+|actually(?=,)",
-    "start again": r"(?:try|start|begin)\s(?:again|over)|re-?(?:consider|examine|evaluate|think|do)|rethink|backtrack"
-                   r"|go\sback|alternatively|(?:another|different)\s(?:approach|way|method)"}.items()}
-# Which kinds are the exploratory ones (True) and which they are compared with (False); kinds not named are left out.
-TEXT = {**dict.fromkeys(PIVOTAL, True), "other": False}, {**dict.fromkeys(REFLECTIVE, True), "other": False}
-COUNTDOWN = ({"operand": True, "operator": True, "last operand": False, "=": False, "result": False},
-             {"check": True, "wait": True, "attempt after wait": True, "first attempt": False, "so": False})
-# Mathematics, where a full stop or a new line ends nothing. A price is none: as in pandoc, a closing $ has no space
-# before it and no digit after it. The bounds keep the search linear.
-FORMULA = re.compile(r"\$\$[^$]{1,2000}\$\$|\\\[(?:[^\\]|\\[^\[\]]){1,2000}\\\]|\$(?![\s$])[^$\n]{1,500}(?<!\s)\$(?!\d)")
-BREAK = re.compile(r"[.!?](?:\$\$?|\\[)\]]|[\"')\]”]){0,3}(?=\s)|\n")
-ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|vs|cf|eqs?|figs?|mr|mrs|ms|dr|st|no)|(?:^|\n)\s{0,9}\d{1,3})\.$", re.IGNORECASE)
-NGRAM, NEIGHBOURS, RARE, RESAMPLES = 4, 5, 0.1, 2000
+NGRAM, NEIGHBOURS, RARE, RESAMPLES, PERMUTATIONS = 4, 5, 0.1, 2000, 1000
+SLOTS, MICRO_TOKENS = 256, 16384            # sequences decoded at a time, tokens per forward pass
+SUBJECTS = ("pivotal tokens", "reflective actions", "rare behaviours")
 
 
 @dataclass
 class Settings:
     models: tuple = flag((), "model folders, run folders or hub ids", nargs="+", type=str)
-    base: str = flag("", "the model they were trained from: shown first, and what rare sentences are far from")
+    base: str = flag("", "the model they were trained from: comes first, and rare sentences are far from its own")
     task: str = flag("countdown", "how responses are taken apart", choices=("countdown", "text"))
-    texts: str = flag("", "jsonl file with prompts (problem, question or prompt) and, optionally, responses to read "
-                          "(solution, response or answer) in place of sampled ones")
+    texts: str = flag("", "jsonl file of prompts (problem, question or prompt) and, if it has them, responses (solution, "
+                          "response or answer), which are then read instead of sampled")
     resample: bool = flag(False, "sample responses to the prompts of --texts even where it has some")
-    problems: int = flag(50, "how many problems: from the start of countdown's validation problems, or of --texts")
+    problems: int = flag(50, "how many, from the start of countdown's validation problems or of --texts")
     samples: int = flag(16, "sampled responses per problem")
-    temperature: float = flag(1.0, "of sampling and of the entropies")
+    temperature: float = flag(1.0, "of the samples and of the entropies")
     max_new_tokens: int = flag(128, "longest response, in tokens")
-    slots: int = flag(256, "sequences decoded at a time")
-    micro_tokens: int = flag(16384, "tokens per forward pass")
-    permutations: int = flag(1000, "of the permutation test")
-    encoder: str = flag("", "name of a sentence-transformers model for the sentence vectors")
+    encoder: str = flag("", "a sentence-transformers model for the sentence vectors")
     show: int = flag(3, "problems on the HTML page, with the first response of every model")
     seed: int = flag(0, "seed of the samples")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
@@ -120,67 +86,6 @@ class Reading:
         return "".join(self.pieces[first:end]).strip()
 
 
-def split_sentences(text: str) -> list[int]:
-    """Where the sentences of `text` end. A new line ends one too, unless a display formula stands next to it."""
-    inside, ends = bytearray(len(text) + 1), []
-    for formula in FORMULA.finditer(text):
-        inside[formula.start() + 1:formula.end()] = b"\1" * (formula.end() - formula.start() - 1)
-    for found in BREAK.finditer(text):
-        end, after = found.end(), text[found.end():found.end() + 40].lstrip(" ")
-        if inside[end] or (text[end - 1] != "\n" and (after.lstrip()[:1].islower()
-                                                      or ABBREVIATION.search(text[max(0, end - 16):end]))):
-            continue
-        if found.group() == "\n" and (text[:end - 1].endswith(("\\]", "$$")) or after.startswith(("\\[", "$$"))):
-            continue
-        ends.append(end)
-    return [*ends, len(text)]
-
-
-def dissect_text(pieces: Sequence[str]) -> tuple[list[str], list[tuple[int, int, str]]]:
-    """Kinds of the tokens and sentences with theirs, for English mathematics."""
-    text, ends = "".join(pieces), np.cumsum([len(p) for p in pieces])
-    kinds = ["other"] * len(pieces)
-    for found in WORD.finditer(text):
-        kinds[int(np.searchsorted(ends, found.start(), side="right"))] = CATEGORY[" ".join(found.group().lower().split())]
-    # A token belongs to the sentence of its first character that is no space: " Then" opens one.
-    begins = [int(end) - len(p.lstrip() or p) for end, p in zip(ends, pieces)]
-    borders = split_sentences(text)
-    place = np.searchsorted(borders, begins, side="right")
-    sentences = []
-    for _, group in itertools.groupby(range(len(pieces)), key=lambda i: place[i]):
-        members = list(group)
-        sentence = "".join(pieces[members[0]:members[-1] + 1])
-        if any(c.isalnum() for c in sentence):              # not for blank lines between sentences
-            kind = next((name for name, pattern in REFLECTIVE.items() if pattern.search(sentence)), "other")
-            sentences.append((members[0], members[-1] + 1, kind))
-    return kinds, sentences
-
-
-def dissect_countdown(prompt: str, words: Sequence[str]) -> tuple[list[str], list[tuple[int, int, str]]]:
-    """The same for countdown, where every word is a token. Never raises on a malformed response."""
-    kinds, parts = [], []
-    place, left, attempt = 0, numbers_of(prompt), "first attempt"
-    for word in words:
-        if word in ("wait", "so"):
-            kind = part = word
-            place, left, attempt = 0, numbers_of(prompt), "attempt after wait" if word == "wait" else "first attempt"
-        elif word == "vs" or place < 0:                     # place -1: within a check
-            kind, part, place = "vs" if word == "vs" else "target", "check", -1
-        else:
-            part = attempt
-            kind = ("operand", "operator", "operand", "=", "result")[place]
-            fits = {"operator": word in OPERATORS, "=": word == "="}.get(kind, word in NUMBER)
-            if kind == "operand":
-                kind = "operand" if len(set(left)) > 1 else "last operand"      # no choice: one number is left
-                if NUMBER.get(word) in left:
-                    left.remove(NUMBER[word])
-            kind, place = kind if fits else "malformed", place + 1 if place < 4 else 1
-        kinds.append(kind)
-        parts.append(part)
-    cuts = [0, *(i for i in range(1, len(parts)) if parts[i] != parts[i - 1]), len(parts)]
-    return kinds, [(a, b, parts[a]) for a, b in zip(cuts, cuts[1:]) if b > a]
-
-
 def decode_pieces(decode: Callable[[tuple[int, ...]], str], ids: Sequence[int]) -> list[str]:
     """The text of each token. Tokens are decoded after the one before, because spaces depend on it; one that holds
     only some bytes of a character gets "", and the last of them the character."""
@@ -196,10 +101,10 @@ def decode_pieces(decode: Callable[[tuple[int, ...]], str], ids: Sequence[int]) 
 
 
 @torch.no_grad()
-def entropies(model, episodes: Sequence[Episode], temperature: float, micro_tokens: int) -> list[np.ndarray]:
+def entropies(model, episodes: Sequence[Episode], temperature: float) -> list[np.ndarray]:
     """The entropy of every response token under the model, in nats, a row per episode."""
     found: list[np.ndarray] = [np.empty(0)] * len(episodes)
-    for part in micro_batches(episodes, micro_tokens):
+    for part in micro_batches(episodes, MICRO_TOKENS):
         tokens, prompt_len, total_len, mask = collate([episodes[i] for i in part], model.head.device)
         entropy = score(model, tokens, prompt_len, total_len, temperature)[1]
         for i, row, counts in zip(part, entropy, mask):
@@ -220,13 +125,13 @@ def alternatives(model, decode: Callable, episode: Episode, temperature: float) 
 
 
 @torch.no_grad()
-def mean_hidden(model, tokenizer, sentences: Sequence[str], micro_tokens: int) -> Tensor:
+def mean_hidden(model, tokenizer, sentences: Sequence[str]) -> Tensor:
     """Each sentence read alone -> the mean of its last hidden states, at unit length. [N, width], fp64."""
     ids = [torch.tensor(tokenizer.encode(s, add_special_tokens=False) or [model.eos_ids[0]]) for s in sentences]
     empty = torch.zeros(0)
     episodes = [Episode(i[:0], i, empty, empty, True, 0) for i in ids]
     found = torch.empty(len(ids), model.head.shape[1], dtype=torch.float64)
-    for part in micro_batches(episodes, micro_tokens):
+    for part in micro_batches(episodes, MICRO_TOKENS):
         tokens, _, length, _ = collate([episodes[i] for i in part], model.head.device)
         index = torch.arange(tokens.shape[1], device=tokens.device)
         hidden = model(tokens, index.expand_as(tokens)).double()                        # [B, T, width]
@@ -238,8 +143,7 @@ def mean_hidden(model, tokenizer, sentences: Sequence[str], micro_tokens: int) -
 def nearest(vectors: Tensor, others: Tensor, k: int = NEIGHBOURS) -> Tensor:
     """Mean Euclidean distance of each of `vectors` [N, d] to its k nearest `others` [M, d] (all, if fewer). [N]"""
     k = min(k, len(others))
-    return torch.cat([torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist").topk(k, largest=False)
-                      .values.mean(-1) for rows in vectors.split(256)])
+    return torch.cat([torch.cdist(rows, others).topk(k, largest=False).values.mean(-1) for rows in vectors.split(256)])
 
 
 def resampled(totals: np.ndarray) -> np.ndarray:
@@ -268,7 +172,7 @@ def permutation_p(values: np.ndarray, label: np.ndarray, group: np.ndarray, perm
         return math.nan
     # Each group keeps its number of labels, so the difference of means grows with the sum over the labelled ones.
     distance = abs(sum(s for _, s, _ in parts) - sum(k * v.mean() for v, _, k in parts))
-    exact = math.prod(math.comb(len(v), k) for v, _, k in parts) <= permutations
+    exact = sum(math.log(math.comb(len(v), k)) for v, _, k in parts) <= math.log(permutations) + 1e-9
     sums, rng = np.zeros(1 if exact else permutations), np.random.default_rng(0)
     for v, _, k in parts:
         centred = v - v.mean()
@@ -282,31 +186,149 @@ def permutation_p(values: np.ndarray, label: np.ndarray, group: np.ndarray, perm
     return extreme / len(sums) if exact else (extreme + 1) / (permutations + 1)
 
 
-def compare(values: np.ndarray, label: np.ndarray, group: np.ndarray, permutations: int) -> dict | None:
+def compare(values: np.ndarray, label: np.ndarray, group: np.ndarray) -> dict | None:
     """Labelled values against the others: means, difference and Cohen's d, each with a 95 % interval over groups, and
     the permutation test. None unless there are at least two of both."""
     if min(label.sum(), (~label).sum()) < 2:
         return None
     _, index = np.unique(group, return_inverse=True)
-    columns = [np.bincount(index, weights=l * values ** power) for l in (label, ~label) for power in (0, 1, 2)]
+    moments = np.column_stack([np.bincount(index, l * values ** power) for l in (label, ~label) for power in (0, 1, 2)])
 
     def figures(totals: np.ndarray) -> np.ndarray:
         n, s, square, n0, s0, square0 = totals
         mean, mean0 = s / n, s0 / n0
         variance = (square - n * mean ** 2 + square0 - n0 * mean0 ** 2) / (n + n0 - 2)      # pooled
-        return np.array([mean, mean0, mean - mean0, (mean - mean0) / np.sqrt(np.maximum(variance, 0))])
+        return np.array([mean, mean0, mean - mean0, (mean - mean0) / np.sqrt(np.maximum(variance, 1e-300))])
 
-    moments = np.column_stack(columns)
     with np.errstate(invalid="ignore", divide="ignore"):
         point, many = figures(moments.sum(0)), figures(resampled(moments).T)
     low, high = np.nanpercentile(many, [2.5, 97.5], axis=1)
     record = {name: {"mean": float(p), "interval": [float(l), float(h)]} for name, p, l, h in
               zip(("mean", "others", "difference", "d"), point, low, high)}
-    return record | {"n": int(label.sum()), "n_others": int((~label).sum()), "p": permutation_p(values, label, group, permutations)}
+    return record | {"n": int(label.sum()), "n others": int((~label).sum()),
+                     "p": permutation_p(values, label, group, PERMUTATIONS)}
 
 
-def bins(x: np.ndarray, count: int) -> tuple[np.ndarray, list[str]]:
-    """Bins of about equally many values: the bin of each, and what each covers."""
+def within(values: np.ndarray, label: np.ndarray, group: np.ndarray, x: np.ndarray, count: int) -> dict[str, dict | None]:
+    """`compare` within each of `count` bins of x, of about equally many values; strings are bins of their own."""
+    if x.dtype.kind == "U":
+        return {str(name): compare(*(a[x == name] for a in (values, label, group))) for name in np.unique(x)}
     edges = np.unique(np.quantile(x, np.linspace(0, 1, count + 1)[1:-1], method="higher"))
-    place = np.searchsorted(edges, x, side="right")
-    return place, [f"{x[place == i].min():g} to {x[place == i].max():g}" if (place == i).any() else "" for i in range(len(edges) + 1)]
+    place, found = np.searchsorted(edges, x, side="right"), {}
+    for i in np.unique(place):
+        name = f"{x[place == i].min():g} to {x[place == i].max():g}"
+        found[name] = compare(*(a[place == i] for a in (values, label, group)))
+    return found
+
+
+def problems_of(s: Settings) -> list[dict]:
+    """prompt, response (None: to be sampled) and difficulty (nan: not known) of each problem."""
+    if not s.texts and s.task != "countdown":
+        raise ValueError("--task text needs prompts or responses: --texts FILE.jsonl")
+    if not s.texts:
+        found = [{"prompt": p.prompt, "response": None} for p in Countdown().validation[:s.problems]]
+    else:
+        found = []
+        for number, line in enumerate(Path(s.texts).read_bytes().splitlines()[:s.problems], 1):
+            try:
+                row = dict(json.loads(line))
+            except (ValueError, TypeError, RecursionError):
+                raise ValueError(f"{s.texts}, line {number}, holds no JSON object") from None
+            text = lambda *names: next((row[n] for n in names if isinstance(row.get(n), str) and row[n].strip()), None)
+            level = re.search(r"\d{1,3}", str(row.get("level", ""))[:99])
+            found.append({"prompt": text("problem", "question", "prompt"), "difficulty": float(level[0]) if level else math.nan,
+                          "response": None if s.resample else text("solution", "response", "answer")})
+            if found[-1]["prompt"] is None:
+                raise ValueError(f"{s.texts}, line {number}, has no problem, question or prompt")
+    for p in found:
+        if s.task == "countdown":
+            if not re.fullmatch(r"\d\d?( \d\d?){1,5} -> \d\d? \?", p["prompt"], re.ASCII):
+                raise ValueError(f"{p['prompt'][:50]!r} is no countdown prompt; other texts need --task text")
+            p["difficulty"] = -float(chains(tuple(numbers_of(p["prompt"])))[int(p["prompt"].split()[-2])])
+    found = [p for p in found if p["response"]] or found        # a file that has responses is read, not sampled
+    if not found:
+        raise ValueError(f"{s.texts} has no problems")
+    return found
+
+
+def read(name: str, problems: Sequence[dict], s: Settings) -> tuple[Callable, list[Reading]]:
+    """Samples (or reads) and scores -> what turns sentences into vectors, and the responses."""
+    model, tokenizer = load(name, pick_device(s.device))
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+    decode = functools.lru_cache(1 << 16)(lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    prompts = [encode(p["prompt"]) for p in problems]
+    if problems[0]["response"]:
+        ids, empty = [encode(p["response"]) for p in problems], torch.zeros(0)
+        episodes = [Episode(torch.tensor(p), torch.tensor(r), empty, empty, False, i) for i, (p, r) in enumerate(zip(prompts, ids))]
+    else:
+        sampler = Sampler(model, SLOTS, max(map(len, prompts)) + s.max_new_tokens, model.eos_ids)
+        episodes = sampler.generate(prompts, s.samples, s.max_new_tokens, s.temperature,
+                                    seeded_generator(s.seed, 0, "analyze", sampler.device), progress=name)
+        sampler.free()
+        episodes = [dataclasses.replace(e, response=e.response[:-1]) if e.finished else e for e in episodes]
+    if not all(len(p) for p in prompts) or any(tokenizer.unk_token_id in e.response.tolist() for e in episodes if e.logp.numel() == 0):
+        raise ValueError(f"the tokenizer of {name} has no words for these texts")
+    readings = []
+    for e, entropy in zip(episodes, entropies(model, episodes, s.temperature)):
+        p, pieces = problems[e.prompt_index], decode_pieces(decode, e.response.tolist())
+        parts = dissect_text(pieces) if s.task == "text" else dissect_countdown(p["prompt"], [w.strip() for w in pieces])
+        readings.append(Reading(e.prompt_index, p["prompt"], e.response.tolist(), pieces, *parts, entropy, p["difficulty"]))
+    seen = set()
+    for e, r in zip(episodes, readings):
+        if r.problem < s.show and r.problem not in seen and not seen.add(r.problem):
+            r.alternatives = alternatives(model, decode, e, s.temperature)
+    return functools.partial(mean_hidden, model, tokenizer), readings
+
+
+def distances(vectors: Callable, readings: Sequence[Reading], base: Sequence[Reading]) -> np.ndarray:
+    """Mean distance of every sentence of `readings` to its nearest ones of `base`."""
+    own, others = ([r.sentence(a, b) for r in x for a, b, _ in r.sentences] for x in (readings, base))
+    place = {sentence: i for i, sentence in enumerate(dict.fromkeys(own + others))}     # each is read once
+    table = torch.as_tensor(vectors(list(place)), dtype=torch.float64)
+    index = torch.tensor([place[sentence] for sentence in own])
+    once, back = index.unique(return_inverse=True)
+    return nearest(table[once], table[[place[sentence] for sentence in others]])[back].numpy()
+
+
+def analyse(readings: Sequence[Reading], far: np.ndarray | None, task: str) -> dict:
+    """Every figure of one model; `far`: the distances of its sentences from the base model's."""
+    token_kinds, sentence_kinds = TEXT if task == "text" else COUNTDOWN
+    starts = lambda r: ["begins a word" if not p[:1].isalnum() or i == 0 or not r.pieces[i - 1][-1:].isalnum() else "goes on"
+                        for i, p in enumerate(r.pieces)]
+    tokens = [row for i, r in enumerate(readings) for row in zip(r.entropy, r.kinds, itertools.repeat(i), itertools.count(),
+                                                                 itertools.repeat(r.difficulty), starts(r))]
+    sentences = [(r.entropy[a:b].mean(), kind, i, a, r.difficulty, b - a)
+                 for i, r in enumerate(readings) for a, b, kind in r.sentences]
+    record: dict = {}
+    for subject, rows, kinds, extra in ((SUBJECTS[0], tokens, token_kinds, "place in the word"),
+                                        (SUBJECTS[1], sentences, sentence_kinds, "tokens"), (SUBJECTS[2], sentences, None, "kind")):
+        if not rows or (kinds is None and far is None):
+            continue
+        values, kind, group, position, difficulty, other = map(np.array, zip(*rows))
+        if kinds is None:
+            label, keep, other = np.zeros(len(far), dtype=bool), np.ones(len(far), dtype=bool), kind
+            label[np.argsort(-far, kind="stable")[:math.ceil(RARE * len(far))]] = True
+        else:
+            label, keep = np.array([kinds.get(k) is True for k in kind]), np.array([k in kinds for k in kind])
+        one = [values[keep], label[keep], group[keep]]
+        per = lambda k: (np.bincount(group[kind == k], values[kind == k], len(readings)), np.bincount(group[kind == k], minlength=len(readings)))
+        strata = {"position": position, "difficulty": difficulty, extra: other}
+        record[subject] = {"all": compare(*one), "kinds": {} if kinds is None else {k: ratio(*per(k)) for k in sorted(set(kind))},
+                           "within": {name: within(*one, x[keep], 4) for name, x in strata.items()
+                                      if len(set(x[keep])) > 1 and not (x.dtype.kind == "f" and np.isnan(x).any())}}
+    length = [len(r.ids) for r in readings]
+    grams = [[tuple(r.ids[i:i + NGRAM]) for i in range(len(r.ids) - NGRAM + 1)] for r in readings]
+    pivotal = [[i for i, k in enumerate(r.kinds) if token_kinds.get(k)] for r in readings]
+    reflective = [[(a, b) for a, b, k in r.sentences if sentence_kinds.get(k)] for r in readings]
+    one = [1] * len(readings)
+    record["behaviour"] = {
+        "tokens per response": ratio(length, one),
+        f"repeated {NGRAM}-grams": ratio([len(g) - len(set(g)) for g in grams], list(map(len, grams))),
+        "pivotal tokens per response": ratio(list(map(len, pivotal)), one),
+        "pivotal tokens per 100 tokens": ratio([100 * len(p) for p in pivotal], length),
+        "reflective actions per response": ratio(list(map(len, reflective)), one),
+        "entropy of a token": ratio([r.entropy.sum() for r in readings], length),
+        "entropy of a pivotal token": ratio([r.entropy[p].sum() for r, p in zip(readings, pivotal)], list(map(len, pivotal))),
+        "entropy of a token of a reflective action": ratio([sum(r.entropy[a:b].sum() for a, b in x) for r, x in zip(readings, reflective)],
+                                                           [sum(b - a for a, b in x) for x in reflective])}
+    return record
