@@ -13,7 +13,8 @@ same problem. Tables are printed; report.json, entropy.png and responses.html (t
 The paper's: the comparisons, k = 5, 10 %. Ours, where it is silent: the lists (lab/exploration.py); the sentence vectors,
 mean hidden states of the base model at unit length, each sentence read alone, or those of an --encoder; effect sizes;
 intervals by a bootstrap over responses, whose tokens depend on each other; a permutation test that shuffles labels within
-responses. Sampled end tokens are left out. Difficulty is, on countdown, how few chains solve a problem; else the file's level.
+responses. Sampled end tokens are left out. Difficulty on countdown is minus the number of chains that solve the problem,
+elsewhere the `level` in the file, if it has one.
 
 On countdown part of this holds by construction: `=` and results are determined, so their entropy is near 0, and the checks
 come from the generator of the base model's texts. What informs there is the comparison of base and trained model.
@@ -23,30 +24,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import html
 import itertools
 import json
 import math
 import re
 import sys
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from evaluate import flag, parse_flags, pick_device
-from lab.exploration import COUNTDOWN, TEXT, dissect_countdown, dissect_text
-from model import find_folder, load, score
-from rollout import Episode, Sampler, collate, micro_batches, seeded_generator
+from lab.exploration import (COUNTDOWN, TEXT, Reading, alternatives, decode_pieces, dissect_countdown, dissect_text,
+                             entropies, mean_hidden)
+from lab.page import draw, page, tables
+from model import find_folder, load
+from rollout import Episode, Sampler, seeded_generator
 from task import Countdown, chains, numbers_of
 
 NGRAM, NEIGHBOURS, RARE, RESAMPLES, PERMUTATIONS = 4, 5, 0.1, 2000, 1000
-SLOTS, MICRO_TOKENS = 256, 16384            # sequences decoded at a time, tokens per forward pass
+SLOTS = 256                                 # sequences decoded at a time
 SUBJECTS = ("pivotal tokens", "reflective actions", "rare behaviours")
 
 
@@ -67,77 +67,6 @@ class Settings:
     seed: int = flag(0, "seed of the samples")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
     out: str = flag("runs/analysis", "folder for the report, the picture and the page")
-
-
-@dataclass
-class Reading:
-    """A response taken apart."""
-    problem: int
-    prompt: str
-    ids: list[int]
-    pieces: list[str]                       # the text of each token
-    kinds: list[str]                        # of each token
-    sentences: list[tuple[int, int, str]]   # first token, the one after the last, kind
-    entropy: np.ndarray                     # [R], nats
-    difficulty: float                       # higher is harder; nan where it is not known
-    alternatives: list[list[tuple[str, float]]] | None = None       # the three likeliest tokens at each place
-
-    def sentence(self, first: int, end: int) -> str:
-        return "".join(self.pieces[first:end]).strip()
-
-
-def decode_pieces(decode: Callable[[tuple[int, ...]], str], ids: Sequence[int]) -> list[str]:
-    """The text of each token. Tokens are decoded after the one before, because spaces depend on it; one that holds
-    only some bytes of a character gets "", and the last of them the character."""
-    pieces, start, read = [], 0, 0
-    for end in range(1, len(ids) + 1):
-        before, text = decode(tuple(ids[start:read])), decode(tuple(ids[start:end]))
-        if text.endswith("\ufffd") and end - read < 4 and end < len(ids):       # a character has 4 bytes at most
-            pieces.append("")
-        else:
-            pieces.append(text[len(before):])
-            start, read = read, end
-    return pieces
-
-
-@torch.no_grad()
-def entropies(model, episodes: Sequence[Episode], temperature: float) -> list[np.ndarray]:
-    """The entropy of every response token under the model, in nats, a row per episode."""
-    found: list[np.ndarray] = [np.empty(0)] * len(episodes)
-    for part in micro_batches(episodes, MICRO_TOKENS):
-        tokens, prompt_len, total_len, mask = collate([episodes[i] for i in part], model.head.device)
-        entropy = score(model, tokens, prompt_len, total_len, temperature)[1]
-        for i, row, counts in zip(part, entropy, mask):
-            found[i] = row[counts].double().cpu().numpy()
-    return found
-
-
-@torch.no_grad()
-def alternatives(model, decode: Callable, episode: Episode, temperature: float) -> list[list[tuple[str, float]]]:
-    """The three likeliest tokens, with their probabilities, at each place of the response."""
-    tokens = torch.cat((episode.prompt, episode.response))[None].to(model.head.device)
-    hidden = model(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None])[0, len(episode.prompt) - 1:-1]
-    found = []
-    for rows in hidden.split(512):                          # [512, vocabulary] at most
-        p, index = (F.linear(rows, model.head).float() / temperature).softmax(-1).topk(min(3, len(model.head)))
-        found += [[(decode((i,)), q) for i, q in zip(*pair)] for pair in zip(index.tolist(), p.tolist())]
-    return found
-
-
-@torch.no_grad()
-def mean_hidden(model, tokenizer, sentences: Sequence[str]) -> Tensor:
-    """Each sentence read alone -> the mean of its last hidden states, at unit length. [N, width], fp64."""
-    ids = [torch.tensor(tokenizer.encode(s, add_special_tokens=False) or [model.eos_ids[0]]) for s in sentences]
-    empty = torch.zeros(0)
-    episodes = [Episode(i[:0], i, empty, empty, True, 0) for i in ids]
-    found = torch.empty(len(ids), model.head.shape[1], dtype=torch.float64)
-    for part in micro_batches(episodes, MICRO_TOKENS):
-        tokens, _, length, _ = collate([episodes[i] for i in part], model.head.device)
-        index = torch.arange(tokens.shape[1], device=tokens.device)
-        hidden = model(tokens, index.expand_as(tokens)).double()                        # [B, T, width]
-        mask = index < length[:, None]
-        found[part] = ((hidden * mask[..., None]).sum(1) / length[:, None]).cpu()
-    return F.normalize(found, dim=-1)
 
 
 def nearest(vectors: Tensor, others: Tensor, k: int = NEIGHBOURS) -> Tensor:
@@ -209,11 +138,11 @@ def compare(values: np.ndarray, label: np.ndarray, group: np.ndarray) -> dict | 
                      "p": permutation_p(values, label, group, PERMUTATIONS)}
 
 
-def within(values: np.ndarray, label: np.ndarray, group: np.ndarray, x: np.ndarray, count: int) -> dict[str, dict | None]:
-    """`compare` within each of `count` bins of x, of about equally many values; strings are bins of their own."""
+def within(values: np.ndarray, label: np.ndarray, group: np.ndarray, x: np.ndarray) -> dict[str, dict | None]:
+    """`compare` within each of 4 bins of x, of about equally many values; strings are bins of their own."""
     if x.dtype.kind == "U":
         return {str(name): compare(*(a[x == name] for a in (values, label, group))) for name in np.unique(x)}
-    edges = np.unique(np.quantile(x, np.linspace(0, 1, count + 1)[1:-1], method="higher"))
+    edges = np.unique(np.quantile(x, [0.25, 0.5, 0.75], method="higher"))
     place, found = np.searchsorted(edges, x, side="right"), {}
     for i in np.unique(place):
         name = f"{x[place == i].min():g} to {x[place == i].max():g}"
@@ -236,7 +165,8 @@ def problems_of(s: Settings) -> list[dict]:
                 raise ValueError(f"{s.texts}, line {number}, holds no JSON object") from None
             text = lambda *names: next((row[n] for n in names if isinstance(row.get(n), str) and row[n].strip()), None)
             level = re.search(r"\d{1,3}", str(row.get("level", ""))[:99])
-            found.append({"prompt": text("problem", "question", "prompt"), "difficulty": float(level[0]) if level else math.nan,
+            found.append({"prompt": text("problem", "question", "prompt"),
+                          "difficulty": float(level[0]) if level else math.nan,
                           "response": None if s.resample else text("solution", "response", "answer")})
             if found[-1]["prompt"] is None:
                 raise ValueError(f"{s.texts}, line {number}, has no problem, question or prompt")
@@ -257,17 +187,19 @@ def read(name: str, problems: Sequence[dict], s: Settings) -> tuple[Callable, li
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
     decode = functools.lru_cache(1 << 16)(lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False))
     prompts = [encode(p["prompt"]) for p in problems]
+    ids: list[list[int]] = []
     if problems[0]["response"]:
-        ids, empty = [encode(p["response"]) for p in problems], torch.zeros(0)
-        episodes = [Episode(torch.tensor(p), torch.tensor(r), empty, empty, False, i) for i, (p, r) in enumerate(zip(prompts, ids))]
-    else:
+        ids, none = [encode(p["response"]) for p in problems], torch.zeros(0)
+        episodes = [Episode(torch.tensor(prompt), torch.tensor(response), none, none, False, i)
+                    for i, (prompt, response) in enumerate(zip(prompts, ids))]
+    if not all(prompts + ids) or any(tokenizer.unk_token_id in x for x in prompts + ids):
+        raise ValueError(f"the tokenizer of {name} has no words for these texts")
+    if not ids:
         sampler = Sampler(model, SLOTS, max(map(len, prompts)) + s.max_new_tokens, model.eos_ids)
         episodes = sampler.generate(prompts, s.samples, s.max_new_tokens, s.temperature,
                                     seeded_generator(s.seed, 0, "analyze", sampler.device), progress=name)
         sampler.free()
         episodes = [dataclasses.replace(e, response=e.response[:-1]) if e.finished else e for e in episodes]
-    if not all(len(p) for p in prompts) or any(tokenizer.unk_token_id in e.response.tolist() for e in episodes if e.logp.numel() == 0):
-        raise ValueError(f"the tokenizer of {name} has no words for these texts")
     readings = []
     for e, entropy in zip(episodes, entropies(model, episodes, s.temperature)):
         p, pieces = problems[e.prompt_index], decode_pieces(decode, e.response.tolist())
@@ -291,44 +223,106 @@ def distances(vectors: Callable, readings: Sequence[Reading], base: Sequence[Rea
 
 
 def analyse(readings: Sequence[Reading], far: np.ndarray | None, task: str) -> dict:
-    """Every figure of one model; `far`: the distances of its sentences from the base model's."""
+    """The comparisons for one model; `far`: the distances of its sentences from the base model's."""
     token_kinds, sentence_kinds = TEXT if task == "text" else COUNTDOWN
-    starts = lambda r: ["begins a word" if not p[:1].isalnum() or i == 0 or not r.pieces[i - 1][-1:].isalnum() else "goes on"
-                        for i, p in enumerate(r.pieces)]
-    tokens = [row for i, r in enumerate(readings) for row in zip(r.entropy, r.kinds, itertools.repeat(i), itertools.count(),
-                                                                 itertools.repeat(r.difficulty), starts(r))]
+    tokens = [(h, kind, i, t, r.difficulty, "begins a word" if begins else "goes on in a word")
+              for i, r in enumerate(readings)
+              for t, (h, kind, begins) in enumerate(zip(r.entropy, r.kinds, word_starts(r.pieces)))]
     sentences = [(r.entropy[a:b].mean(), kind, i, a, r.difficulty, b - a)
                  for i, r in enumerate(readings) for a, b, kind in r.sentences]
     record: dict = {}
-    for subject, rows, kinds, extra in ((SUBJECTS[0], tokens, token_kinds, "place in the word"),
-                                        (SUBJECTS[1], sentences, sentence_kinds, "tokens"), (SUBJECTS[2], sentences, None, "kind")):
+    for subject, rows, kinds, further in ((SUBJECTS[0], tokens, token_kinds, "place in the word"),
+                                          (SUBJECTS[1], sentences, sentence_kinds, "length in tokens"),
+                                          (SUBJECTS[2], sentences, None, "kind")):
         if not rows or (kinds is None and far is None):
             continue
         values, kind, group, position, difficulty, other = map(np.array, zip(*rows))
         if kinds is None:
-            label, keep, other = np.zeros(len(far), dtype=bool), np.ones(len(far), dtype=bool), kind
-            label[np.argsort(-far, kind="stable")[:math.ceil(RARE * len(far))]] = True
+            rare = np.argsort(-far, kind="stable")[:math.ceil(RARE * len(far))]
+            label, keep, other = np.isin(np.arange(len(far)), rare), np.full(len(far), True), kind
         else:
             label, keep = np.array([kinds.get(k) is True for k in kind]), np.array([k in kinds for k in kind])
-        one = [values[keep], label[keep], group[keep]]
-        per = lambda k: (np.bincount(group[kind == k], values[kind == k], len(readings)), np.bincount(group[kind == k], minlength=len(readings)))
-        strata = {"position": position, "difficulty": difficulty, extra: other}
-        record[subject] = {"all": compare(*one), "kinds": {} if kinds is None else {k: ratio(*per(k)) for k in sorted(set(kind))},
-                           "within": {name: within(*one, x[keep], 4) for name, x in strata.items()
-                                      if len(set(x[keep])) > 1 and not (x.dtype.kind == "f" and np.isnan(x).any())}}
-    length = [len(r.ids) for r in readings]
+        values_, label, group_ = values[keep], label[keep], group[keep]
+        strata = {name: x[keep] for name, x in (("position", position), ("difficulty", difficulty), (further, other))}
+        total = lambda k, weights: np.bincount(group[kind == k], weights[kind == k], len(readings))
+        record[subject] = {
+            "all": compare(values_, label, group_),
+            "kinds": {str(k): ratio(total(k, values), total(k, np.ones(len(values)))) for k in np.unique(kind) if kinds},
+            "within": {name: within(values_, label, group_, x) for name, x in strata.items()
+                       if len(set(x)) > 1 and not (x.dtype.kind == "f" and np.isnan(x).any())}}
+    return record
+
+
+def word_starts(pieces: Sequence[str]) -> list[bool]:
+    """False for a token that goes on in a word: its letters follow letters."""
+    return [not (p[:1].isalnum() and before[-1:].isalnum()) for before, p in zip(["", *pieces], pieces)]
+
+
+def behaviour(readings: Sequence[Reading], task: str) -> dict:
+    """What the responses of one model do, per response."""
+    token_kinds, sentence_kinds = TEXT if task == "text" else COUNTDOWN
+    one, length = [1] * len(readings), [len(r.ids) for r in readings]
     grams = [[tuple(r.ids[i:i + NGRAM]) for i in range(len(r.ids) - NGRAM + 1)] for r in readings]
     pivotal = [[i for i, k in enumerate(r.kinds) if token_kinds.get(k)] for r in readings]
     reflective = [[(a, b) for a, b, k in r.sentences if sentence_kinds.get(k)] for r in readings]
-    one = [1] * len(readings)
-    record["behaviour"] = {
-        "tokens per response": ratio(length, one),
-        f"repeated {NGRAM}-grams": ratio([len(g) - len(set(g)) for g in grams], list(map(len, grams))),
-        "pivotal tokens per response": ratio(list(map(len, pivotal)), one),
-        "pivotal tokens per 100 tokens": ratio([100 * len(p) for p in pivotal], length),
-        "reflective actions per response": ratio(list(map(len, reflective)), one),
-        "entropy of a token": ratio([r.entropy.sum() for r in readings], length),
-        "entropy of a pivotal token": ratio([r.entropy[p].sum() for r, p in zip(readings, pivotal)], list(map(len, pivotal))),
-        "entropy of a token of a reflective action": ratio([sum(r.entropy[a:b].sum() for a, b in x) for r, x in zip(readings, reflective)],
-                                                           [sum(b - a for a, b in x) for x in reflective])}
-    return record
+    in_pivotal = [sum(r.entropy[p]) for r, p in zip(readings, pivotal)]
+    in_reflective = [sum(r.entropy[a:b].sum() for a, b in x) for r, x in zip(readings, reflective)]
+    return {"tokens per response": ratio(length, one),
+            f"repeated {NGRAM}-grams, share": ratio([len(g) - len(set(g)) for g in grams], [len(g) for g in grams]),
+            "pivotal tokens per response": ratio([len(p) for p in pivotal], one),
+            "pivotal tokens per 100 tokens": ratio([100 * len(p) for p in pivotal], length),
+            "reflective actions per response": ratio([len(x) for x in reflective], one),
+            "entropy per token": ratio([r.entropy.sum() for r in readings], length),
+            "entropy per pivotal token": ratio(in_pivotal, [len(p) for p in pivotal]),
+            "entropy per token of reflection": ratio(in_reflective, [sum(b - a for a, b in x) for x in reflective])}
+
+
+def encoder(name: str) -> Callable[[Sequence[str]], np.ndarray]:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise ValueError("--encoder needs sentence-transformers: pip install sentence-transformers") from None
+    return functools.partial(SentenceTransformer(name).encode, normalize_embeddings=True)
+
+
+def analyze(s: Settings) -> dict:
+    """Runs the command; returns what report.json holds. ValueError or OSError name what is wrong."""
+    if min(s.problems, s.samples, s.max_new_tokens) < 1 or min(s.show, s.seed) < 0 or not 1e-3 <= s.temperature <= 1e3:
+        raise ValueError("--problems, --samples and --max-new-tokens must be at least 1, --show and --seed at least 0, "
+                         "--temperature 0.001 to 1000")
+    names, problems = list(dict.fromkeys([*([s.base] if s.base else []), *s.models])), problems_of(s)
+    for name in names:
+        find_folder(name)                       # before the first is sampled
+    vectors, out = encoder(s.encoder) if s.encoder else None, Path(s.out)
+    out.mkdir(parents=True, exist_ok=True)
+    found: dict[str, list[Reading]] = {}
+    report: dict = {"settings": dataclasses.asdict(s), "models": {}}
+    for name in names:
+        mean, found[name] = read(name, problems, s)
+        vectors = vectors or mean               # of the first model, the base if there is one, for all of them
+        far = distances(vectors, found[name], found[s.base]) if s.base and name != s.base else None
+        report["models"][name] = {"behaviour": behaviour(found[name], s.task), **analyse(found[name], far, s.task)}
+    first = {name: {r.problem: r for r in reversed(readings)} for name, readings in found.items()}
+    cases = [{name: r[i] for name, r in first.items()} for i in range(min(s.show, len(problems)))]
+    report["cases"] = [{"prompt": problems[i]["prompt"], **{name: "".join(r.pieces) for name, r in case.items()}}
+                       for i, case in enumerate(cases)]
+    done = "read" if problems[0]["response"] else "sampled"
+    print(f"{len(problems)} problems, {len(found[names[0]])} responses {done} per model, "
+          f"temperature {s.temperature}, seed {s.seed}; entropies in nats, 95 % intervals over responses")
+    print(tables(report))
+    kinds = TEXT if s.task == "text" else COUNTDOWN
+    (out / "responses.html").write_text(page(cases, kinds), encoding="utf-8")
+    text = json.dumps(json.loads(json.dumps(report), parse_constant=lambda _: None), indent=1)      # JSON has no nan
+    (out / "report.json").write_text(text + "\n")
+    print(f"written: {out}/report.json, {out}/responses.html")
+    print(draw(report, out / "entropy.png"))
+    return report
+
+
+if __name__ == "__main__":
+    try:
+        analyze(parse_flags(Settings, __doc__))
+    except (ValueError, OSError) as error:
+        sys.exit(f"lab.analyze: {error}")
+    except KeyboardInterrupt:
+        sys.exit("lab.analyze: stopped; nothing was written")

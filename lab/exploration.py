@@ -1,26 +1,32 @@
-"""What counts as exploratory reasoning: pivotal tokens and reflective sentences. The lists behind lab/analyze.py.
+"""Responses taken apart: which tokens are pivotal, which sentences reflective, and how uncertain the model was there.
 
-The paper's are some of the words (because, therefore, thus, however, although, first, then, suggest, demonstrate, recall;
-verify, check) and that sentences are the unit of reflection. It gives neither its full lists nor its splitter, so the
+The paper's: some of the words (because, therefore, thus, however, although, first, then, suggest, demonstrate, recall;
+verify, check), and that reflection is a matter of whole sentences. Its full lists and its splitter are not given, so the
 other words, the regular expressions and the splitter are ours. Words are found by spelling, with the errors that has:
-"the first term" counts as sequential, "a check for $20" as a check. Only the first token of a pivotal word counts, the
+"the first term" counts as sequential, "a check for $20" as a check. Of a pivotal word only the first token counts, the
 place where the word is chosen.
 
 On countdown the pivotal tokens are the operators and the operands there is a choice of; the others are `=`, results and
-operands of which only one is left. Reflective are `vs ...`, `wait` and the attempts after it; `wait` and `so` are two
-outcomes of one decision, and so have the same distribution behind them.
+an operand when only one is left. Reflective are `vs ...`, `wait` and the attempts after it. `wait` and `so` are the two
+outcomes of one decision, with the same distribution behind them.
 
-No text can make this explode: every repetition is bounded or of one class of characters, and countdown is read word by word.
+No text makes the searches explode: their repetitions are bounded. Countdown is read word by word.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from typing import Sequence
+from dataclasses import dataclass
+from typing import Callable, Sequence
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from model import score
+from rollout import Episode, collate, micro_batches
 from task import NUMBER, OPERATORS, numbers_of
 
 PIVOTAL = {
@@ -43,13 +49,15 @@ REFLECTIVE = {name: re.compile(r"(?<![\w\\])(?:" + pattern + r")(?!\w)", re.IGNO
                r"|wait(?=\s?(?:[,.!:…—]|--))|hold\son|hmm+|actually(?=,)",
     "start again": r"(?:try|start|begin)\s(?:again|over)|re-?(?:consider|examine|evaluate|think|do)|backtrack"
                    r"|go\sback|alternatively|(?:another|different)\s(?:approach|way|method)"}.items()}
+MICRO_TOKENS = 16384                        # per forward pass
 # Which kinds are the exploratory ones (True) and which they are compared with (False); kinds not named are left out.
 TEXT = {**dict.fromkeys(PIVOTAL, True), "other": False}, {**dict.fromkeys(REFLECTIVE, True), "other": False}
 COUNTDOWN = ({"operand": True, "operator": True, "last operand": False, "=": False, "result": False},
              {"check": True, "wait": True, "attempt after wait": True, "first attempt": False, "so": False})
 # Mathematics, where a full stop or a new line ends nothing. A price is none: as in pandoc, a closing $ has no space
 # before it and no digit after it. The bounds keep the search linear.
-FORMULA = re.compile(r"\$\$[^$]{1,2000}\$\$|(?<!\\)\\\[(?:[^\\]|\\[^\[\]]){1,2000}\\\]|\$(?![\s$])[^$\n]{1,500}(?<!\s)\$(?!\d)"
+FORMULA = re.compile(r"\$\$[^$]{1,2000}\$\$|(?<!\\)\\\[(?:[^\\]|\\[^\[\]]){1,2000}\\\]"
+                     r"|\$(?![\s$])[^$\n]{1,500}(?<!\s)\$(?!\d)"
                      r"|\\begin\{(\w{1,10}\*?)\}(?s:.){1,2000}?\\end\{\1\}|\[asy\](?s:.){1,2000}?\[/asy\]")
 BREAK = re.compile(r"[.!?](?:\$\$?|\\[)\]]|[\"')\]”]){0,3}(?=\s)|\n")
 ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|vs|cf|eqs?|figs?|mr|mrs|ms|dr)|(?:^|\n)\s{0,9}\d{1,3})\.$", re.IGNORECASE)
@@ -114,3 +122,74 @@ def dissect_countdown(prompt: str, words: Sequence[str]) -> tuple[list[str], lis
         parts.append(part)
     cuts = [0, *(i for i in range(1, len(parts)) if parts[i] != parts[i - 1]), len(parts)]
     return kinds, [(a, b, parts[a]) for a, b in zip(cuts, cuts[1:]) if b > a]
+
+
+@dataclass
+class Reading:
+    """A response, taken apart and scored."""
+    problem: int
+    prompt: str
+    ids: list[int]
+    pieces: list[str]                       # the text of each token
+    kinds: list[str]                        # of each token
+    sentences: list[tuple[int, int, str]]   # first token, the one after the last, kind
+    entropy: np.ndarray                     # [R], nats
+    difficulty: float                       # higher is harder; nan where it is not known
+    alternatives: list[list[tuple[str, float]]] | None = None       # the three likeliest tokens at each place
+
+    def sentence(self, first: int, end: int) -> str:
+        return "".join(self.pieces[first:end]).strip()
+
+
+def decode_pieces(decode: Callable[[tuple[int, ...]], str], ids: Sequence[int]) -> list[str]:
+    """The text of each token. Tokens are decoded after the one before, because spaces depend on it; one that holds
+    only some bytes of a character gets "", and the last of them the character."""
+    pieces, start, read = [], 0, 0
+    for end in range(1, len(ids) + 1):
+        before, text = decode(tuple(ids[start:read])), decode(tuple(ids[start:end]))
+        if text.endswith("\ufffd") and end - read < 4 and end < len(ids):       # a character has 4 bytes at most
+            pieces.append("")
+        else:
+            pieces.append(text[len(before):])
+            start, read = read, end
+    return pieces
+
+
+@torch.no_grad()
+def entropies(model, episodes: Sequence[Episode], temperature: float) -> list[np.ndarray]:
+    """The entropy of every response token under the model, in nats, a row per episode."""
+    found: list[np.ndarray] = [np.empty(0)] * len(episodes)
+    for part in micro_batches(episodes, MICRO_TOKENS):
+        tokens, prompt_len, total_len, mask = collate([episodes[i] for i in part], model.head.device)
+        entropy = score(model, tokens, prompt_len, total_len, temperature)[1]
+        for i, row, counts in zip(part, entropy, mask):
+            found[i] = row[counts].double().cpu().numpy()
+    return found
+
+
+@torch.no_grad()
+def alternatives(model, decode: Callable, episode: Episode, temperature: float) -> list[list[tuple[str, float]]]:
+    """The three likeliest tokens, with their probabilities, at each place of the response."""
+    tokens = torch.cat((episode.prompt, episode.response))[None].to(model.head.device)
+    hidden = model(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None])[0, len(episode.prompt) - 1:-1]
+    found = []
+    for rows in hidden.split(512):                          # [512, vocabulary] at most
+        p, index = (F.linear(rows, model.head).float() / temperature).softmax(-1).topk(min(3, len(model.head)))
+        found += [[(decode((i,)), q) for i, q in zip(*pair)] for pair in zip(index.tolist(), p.tolist())]
+    return found
+
+
+@torch.no_grad()
+def mean_hidden(model, tokenizer, sentences: Sequence[str]) -> Tensor:
+    """Each sentence read alone -> the mean of its last hidden states, at unit length. [N, width], fp64."""
+    ids = [torch.tensor(tokenizer.encode(s, add_special_tokens=False) or [model.eos_ids[0]]) for s in sentences]
+    empty = torch.zeros(0)
+    episodes = [Episode(i[:0], i, empty, empty, True, 0) for i in ids]
+    found = torch.empty(len(ids), model.head.shape[1], dtype=torch.float64)
+    for part in micro_batches(episodes, MICRO_TOKENS):
+        tokens, _, length, _ = collate([episodes[i] for i in part], model.head.device)
+        index = torch.arange(tokens.shape[1], device=tokens.device)
+        hidden = model(tokens, index.expand_as(tokens)).double()                        # [B, T, width]
+        mask = index < length[:, None]
+        found[part] = ((hidden * mask[..., None]).sum(1) / length[:, None]).cpu()
+    return F.normalize(found, dim=-1)
