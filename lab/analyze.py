@@ -92,7 +92,8 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict:
 
 def permutation_p(values: np.ndarray, label: np.ndarray, group: np.ndarray, permutations: int) -> float:
     """Two-sided p of the difference of means, if labels are shuffled within each group. All arrangements if there
-    are no more than `permutations`, else that many at random. nan if no group has both labels."""
+    are no more than `permutations`, else that many at random. nan if no group has both labels. It asks about differences
+    within groups only; the difference of all means also holds what differs from group to group."""
     order = np.argsort(group, kind="stable")
     cuts = np.flatnonzero(np.diff(group[order])) + 1
     parts = [(v, v[l].sum(), int(l.sum())) for v, l in zip(np.split(values[order], cuts), np.split(label[order], cuts))
@@ -108,7 +109,7 @@ def permutation_p(values: np.ndarray, label: np.ndarray, group: np.ndarray, perm
         if exact:
             sums = np.add.outer(sums, [sum(c) for c in itertools.combinations(centred, k)]).ravel()
         else:
-            rows = max(1, 1 << 22 // len(v))                # bounds the memory
+            rows = max(1, 2 ** 22 // len(v))                # bounds the memory
             sums += np.concatenate([rng.permuted(np.tile(centred, (min(rows, permutations - i), 1)), axis=1)[:, :k].sum(1)
                                     for i in range(0, permutations, rows)])
     extreme = int((abs(sums) >= distance - 1e-9 * (1 + distance)).sum())
@@ -190,7 +191,7 @@ def read(name: str, problems: Sequence[dict], s: Settings) -> tuple[Callable, li
     ids: list[list[int]] = []
     if problems[0]["response"]:
         ids, none = [encode(p["response"]) for p in problems], torch.zeros(0)
-        episodes = [Episode(torch.tensor(prompt), torch.tensor(response), none, none, False, i)
+        episodes = [Episode(torch.tensor(prompt), torch.tensor(response), none, none, True, i)
                     for i, (prompt, response) in enumerate(zip(prompts, ids))]
     if not all(prompts + ids) or any(tokenizer.unk_token_id in x for x in prompts + ids):
         raise ValueError(f"the tokenizer of {name} has no words for these texts")
@@ -203,12 +204,14 @@ def read(name: str, problems: Sequence[dict], s: Settings) -> tuple[Callable, li
     readings = []
     for e, entropy in zip(episodes, entropies(model, episodes, s.temperature)):
         p, pieces = problems[e.prompt_index], decode_pieces(decode, e.response.tolist())
-        parts = dissect_text(pieces) if s.task == "text" else dissect_countdown(p["prompt"], [w.strip() for w in pieces])
-        readings.append(Reading(e.prompt_index, p["prompt"], e.response.tolist(), pieces, *parts, entropy, p["difficulty"]))
-    seen = set()
-    for e, r in zip(episodes, readings):
-        if r.problem < s.show and r.problem not in seen and not seen.add(r.problem):
-            r.alternatives = alternatives(model, decode, e, s.temperature)
+        kinds, sentences = (dissect_text(pieces) if s.task == "text" else
+                            dissect_countdown(p["prompt"], [piece.strip() for piece in pieces]))
+        whole = sentences if e.finished else sentences[:-1]         # the limit may have cut the last one
+        readings.append(Reading(e.prompt_index, p["prompt"], e.response.tolist(), pieces, kinds, whole, entropy,
+                                p["difficulty"]))
+    first = {r.problem: i for i, r in reversed([*enumerate(readings)])}
+    for i in (i for problem, i in first.items() if problem < s.show):
+        readings[i].alternatives = alternatives(model, decode, episodes[i], s.temperature)
     return functools.partial(mean_hidden, model, tokenizer), readings
 
 

@@ -83,8 +83,9 @@ def tables(report: dict) -> str:
     """The report as text: runs side by side, then every comparison, then the first problem's answers."""
     models, lines = report["models"], []
     first = next(iter(models.values()))
-    lines += ["", f"{'':32}" + "".join(f"{name[-27:]:>28}" for name in models)]
-    lines += [f"{row:32}" + "".join(f"{cell(m['behaviour'][row]):>28}" for m in models.values()) for row in first["behaviour"]]
+    lines += ["", f"{'':32}" + "".join(f"{name[-26:]:>28}" for name in models)]
+    lines += [f"{row:32}" + "".join(f"{cell(m['behaviour'][row]):>28}" for m in models.values())
+              for row in first["behaviour"]]
     columns = ("mean", "others", "difference", "d")
 
     def line(name: str, c: dict | None) -> str:
@@ -99,7 +100,7 @@ def tables(report: dict) -> str:
             lines += ["", f"{name}: {subject}", " " * 34 + head, line("all", record["all"])]
             for stratum, bins in record["within"].items():
                 lines += [line(f"  {stratum} {label}", c) for label, c in bins.items()]
-            lines += [f"{'  mean of ' + kind:34}{cell(f):>26}{int(f['n']):>9}" for kind, f in record["kinds"].items()]
+            lines += [f"{'  kind ' + kind:34}{cell(f):>26}{'':87}{int(f['n']):>9}" for kind, f in record["kinds"].items()]
     for case in report["cases"][:1]:
         lines += ["", *(f"{name}: {visible(text, ' ', 600)}" for name, text in case.items())]
     return "\n".join(lines)
@@ -119,13 +120,14 @@ def draw(report: dict, file: Path) -> str:
                                 squeeze=False)
     for axis, subject in zip(axes.flat, subjects):
         shown = {name: m[subject]["all"] for name, m in report["models"].items() if m.get(subject, {}).get("all")}
-        for shift, key, label, style in ((-0.2, "mean", subject, dict(color="0.35")),
+        for shift, key, label, style in ((-0.2, "mean", subject, dict(color="0.55")),
                                          (0.2, "others", "others", dict(color="0.85", hatch="//", edgecolor="0.5"))):
             means, lows, highs = zip(*((c[key]["mean"], *c[key]["interval"]) for c in shown.values()))
             x = [i + shift for i in range(len(shown))]
             axis.bar(x, means, width=0.38, label=label, **style)
-            axis.vlines(x, lows, highs, color="0.0", linewidth=1.2)
-        axis.set_xticks(range(len(shown)), [name[-20:].replace("$", r"\$") for name in shown])
+            axis.vlines(x, lows, highs, color="0.0", linewidth=1.5)
+            axis.plot([x, x], [lows, highs], "_", color="0.0", markersize=9)
+        axis.set_xticks(range(len(shown)), [("…" * (len(name) > 20) + name[-20:]).replace("$", r"\$") for name in shown])
         axis.set(ylabel="mean entropy, nats", title=subject)
         axis.margins(y=0.25)
         axis.legend(frameon=False)
