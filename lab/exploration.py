@@ -59,7 +59,8 @@ COUNTDOWN = ({"operand": True, "operator": True, "last operand": False, "=": Fal
 FORMULA = re.compile(r"\$\$[^$]{1,2000}\$\$|(?<!\\)\\\[(?:[^\\]|\\[^\[\]]){1,2000}\\\]"
                      r"|\$(?![\s$])[^$\n]{1,500}(?<!\s)\$(?!\d)"
                      r"|\\begin\{(\w{1,10}\*?)\}(?s:.){1,2000}?\\end\{\1\}|\[asy\](?s:.){1,2000}?\[/asy\]")
-BREAK = re.compile(r"[.!?](?:\$\$?|\\[)\]]|[\"')\]”]){0,3}(?=\s)|\n")
+BREAK = re.compile(r"[.!?](?:\$\$?|\\[)\]]|[\"')\]”]){0,3}(?=\s)|\n"
+                   r"|(?:\\\]|\\end\{\w{1,10}\*?\}|\[/asy\])(?=\s{0,2}[A-Z])")
 ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|vs|cf|eqs?|figs?|mr|mrs|ms|dr)|(?:^|\n)\s{0,9}\d{1,3})\.$", re.IGNORECASE)
 
 
