@@ -228,13 +228,13 @@ def distances(vectors: Callable, readings: Sequence[Reading], base: Sequence[Rea
 def analyse(readings: Sequence[Reading], far: np.ndarray | None, task: str) -> dict:
     """The comparisons for one model; `far`: the distances of its sentences from the base model's."""
     token_kinds, sentence_kinds = TEXT if task == "text" else COUNTDOWN
-    tokens = [(h, kind, i, t, r.difficulty, "begins a word" if begins else "goes on in a word")
+    tokens = [(h, kind, i, t, r.difficulty, "begins a word" if begins else "within a word")
               for i, r in enumerate(readings)
               for t, (h, kind, begins) in enumerate(zip(r.entropy, r.kinds, word_starts(r.pieces)))]
     sentences = [(r.entropy[a:b].mean(), kind, i, a, r.difficulty, b - a)
                  for i, r in enumerate(readings) for a, b, kind in r.sentences]
     record: dict = {}
-    for subject, rows, kinds, further in ((SUBJECTS[0], tokens, token_kinds, "place in the word"),
+    for subject, rows, kinds, further in ((SUBJECTS[0], tokens, token_kinds, "place"),
                                           (SUBJECTS[1], sentences, sentence_kinds, "length in tokens"),
                                           (SUBJECTS[2], sentences, None, "kind")):
         if not rows or (kinds is None and far is None):

@@ -3,7 +3,7 @@
 The page is one HTML file without scripts, fonts or addresses, so it works offline, and no text in it can do anything:
 every text is escaped, and a policy in its head forbids scripts and loading should an escape be missing. Characters that
 cannot be seen or that turn the order of their neighbours (control, format, unassigned) are written as ⟨U+202E⟩, and of
-very long tokens only the beginning is shown, with the number of characters left out.
+very long tokens (and responses) only the beginning is shown, with the number of characters (tokens) left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Sequence
 
 from lab.exploration import Reading
 
-LONGEST, NEWLINE = 200, "⏎\n"               # characters shown of a token; a line's end, seen and done
+LONGEST, MOST = 200, 10_000                 # characters shown of a token, tokens of a response: browsers have limits
+NEWLINE = "⏎\n"                             # a line's end, seen and done
 STYLE = """body { font: 15px/1.9 system-ui, sans-serif; margin: 1.5em; color: #111; background: #fff }
 .row { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(18em, 1fr); gap: 1.5em; overflow-x: auto }
 .prompt, .text { white-space: pre-wrap; overflow-wrap: anywhere } .text { padding-bottom: 5em }
@@ -39,7 +40,7 @@ def token_spans(r: Reading, kinds: tuple[dict, dict], darkest: float) -> str:
     """The tokens of a response, each in its colour, with its marks and what is shown when the pointer is on it."""
     sentence = {i: kind for first, end, kind in r.sentences for i in range(first, end)}
     spans = []
-    for i, (piece, kind, entropy) in enumerate(zip(r.pieces, r.kinds, r.entropy)):
+    for i, (piece, kind, entropy) in enumerate(zip(r.pieces[:MOST], r.kinds, r.entropy)):
         lines = [f"{entropy:.3f} nats, token {i + 1}", f"{kind}; sentence: {sentence.get(i, 'none')}"]
         likeliest = r.alternatives[i] if r.alternatives else []
         lines += [f"{p:7.2%}  {visible(text, longest=40)}" for text, p in likeliest]
@@ -47,7 +48,7 @@ def token_spans(r: Reading, kinds: tuple[dict, dict], darkest: float) -> str:
         tip = html.escape("\n".join(lines)).replace("\n", "&#10;")
         spans.append(f'<span class="{marks}" style="background:rgba(235,80,0,{min(1.0, entropy / darkest):.2f})" '
                      f'data-h="{tip}">{html.escape(visible(piece, NEWLINE))}</span>')
-    return "".join(spans)
+    return "".join(spans) + (f"⟨{len(r.pieces) - MOST:,} more tokens⟩" if len(r.pieces) > MOST else "")
 
 
 def page(cases: Sequence[dict[str, Reading]], kinds: tuple[dict, dict]) -> str:

@@ -15,17 +15,16 @@ from lab.analyze import Settings, analyze, behaviour, compare, distances, neares
 from lab.exploration import PIVOTAL, Reading, dissect_text
 
 
-def reading(text, entropy=None, sentences=None, kinds=None, problem=0, difficulty=1.0):
+def reading(text, entropy=None):
     pieces = WORDS.findall(text)
-    own = dissect_text(pieces)
-    return Reading(problem, "p", [hash(p) for p in pieces], pieces, kinds or own[0], own[1] if sentences is None else sentences,
-                   np.array(entropy or [1.0] * len(pieces)), difficulty)
+    return Reading(0, "p", list(range(len(pieces))), pieces, *dissect_text(pieces), np.array(entropy or [1.0] * len(pieces)), 1.0)
 
 
 def test_nearest_equals_brute_force():
     a, b = (torch.randn(n, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (300, 40))
     for k, got in ((5, nearest(a, b)), (1, nearest(a, b, 1)), (40, nearest(a, b, 99))):
-        want = [sum(sorted(sum((x - y) ** 2 for x, y in zip(u, v)) ** 0.5 for v in b.tolist())[:k]) / k for u in a[:20].tolist()]
+        distance = lambda u, v: sum((x - y) ** 2 for x, y in zip(u, v)) ** 0.5
+        want = [sum(sorted(distance(u, v) for v in b.tolist())[:k]) / k for u in a[:20].tolist()]
         assert got[:20].tolist() == pytest.approx(want, abs=1e-7)
 
 
@@ -80,7 +79,8 @@ def test_random_permutations_come_close_to_enumeration_and_stay_within_groups():
 
 
 def test_comparison_by_hand():
-    values, label, group = np.array([1.0, 3.0, 2.0, 0.0, 4.0, 2.0]), np.array([1, 1, 0, 0, 1, 0], dtype=bool), np.array([0, 0, 0, 1, 1, 1])
+    values, group = np.array([1.0, 3.0, 2.0, 0.0, 4.0, 2.0]), np.array([0, 0, 0, 1, 1, 1])
+    label = np.array([True, True, False, False, True, False])
     got = compare(values, label, group)
     one, other = values[label], values[~label]                  # 1 3 4 and 2 0 2
     assert got["mean"]["mean"] == pytest.approx(8 / 3) and got["others"]["mean"] == pytest.approx(4 / 3)
@@ -96,7 +96,8 @@ def test_intervals_are_over_responses():
     values = rng.normal(size=40)[group] + 0.01 * rng.normal(size=2000)     # tokens of a response say the same
     got = compare(values, np.arange(2000) % 2 == 0, group)
     low, high = got["mean"]["interval"]
-    assert high - low == pytest.approx(2 * 1.96 * np.std([values[group == g].mean() for g in range(40)]) / np.sqrt(40), rel=0.15)
+    spread = np.std([values[group == g].mean() for g in range(40)]) / np.sqrt(40)
+    assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.15)
     low, high = got["difference"]["interval"]                   # both kinds in every response: what they share cancels
     assert high - low < 0.01
     r = ratio([2.0, 4.0, 6.0], [1, 2, 1])
@@ -114,7 +115,8 @@ def test_a_confounder_is_seen_within_its_bins():
     assert list(bins) == ["0 to 4", "5 to 9", "10 to 14", "15 to 19"]
     assert all(abs(c["difference"]["mean"]) < 0.06 for c in bins.values())
     kinds = within(values, label, group, np.where(position < 10, "front", "back"))
-    assert list(kinds) == ["back", "front"] and kinds["front"]["mean"]["mean"] == pytest.approx(values[label & (position < 10)].mean())
+    assert list(kinds) == ["back", "front"]
+    assert kinds["front"]["mean"]["mean"] == pytest.approx(values[label & (position < 10)].mean())
 
 
 def test_behaviour_by_hand():
@@ -127,13 +129,14 @@ def test_behaviour_by_hand():
 
 def test_countdown_report(tmp_path, capsys, qwen2):
     folder, _ = qwen2(seed=1)
-    s = parse_flags(Settings, "x", [str(folder), "--base", "base", "--problems", "6", "--samples", "4", "--max-new-tokens", "60",
-                                    "--out", str(tmp_path / "out")])
+    s = parse_flags(Settings, "x", [str(folder), "--base", "base", "--problems", "6", "--samples", "4",
+                                    "--max-new-tokens", "60", "--out", str(tmp_path / "out")])
     analyze(s)
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=lambda c: pytest.fail(c))
     base = report["models"]["base"]
-    assert list(report["models"]) == ["base", str(folder)] and base["pivotal tokens"]["all"]["difference"]["interval"][0] > 0.5
+    assert list(report["models"]) == ["base", str(folder)]
+    assert base["pivotal tokens"]["all"]["difference"]["interval"][0] > 0.5
     assert base["pivotal tokens"]["kinds"]["="]["mean"] < 0.01 < 0.5 < base["pivotal tokens"]["kinds"]["operand"]["mean"]
     assert base["pivotal tokens"]["all"]["p"] == pytest.approx(1 / 1001) and "rare behaviours" not in base
     assert {"position", "difficulty"} <= set(base["reflective actions"]["within"])
@@ -147,7 +150,8 @@ def test_countdown_report(tmp_path, capsys, qwen2):
 
 def test_text_is_read_or_sampled_from_a_file(tmp_path, qwen2):
     folder, _ = text_model(qwen2, max_position_embeddings=2048)
-    lines = [{"problem": f"What is {i} + 1?", "level": 1 + i % 3, "solution": " ".join(s for s, _, _ in SENTENCES[i::6])} for i in range(6)]
+    lines = [{"problem": f"What is {i} + 1?", "level": 1 + i % 3, "solution": " ".join(s for s, _, _ in SENTENCES[i::6])}
+             for i in range(6)]
     file = tmp_path / "texts.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)) + "\n")
     s = Settings(models=(str(folder),), base=str(folder), task="text", texts=str(file), out=str(tmp_path / "out"), samples=2)
@@ -155,7 +159,7 @@ def test_text_is_read_or_sampled_from_a_file(tmp_path, qwen2):
     want = {c: sum(p.count(c) for _, p, _ in SENTENCES) for c in PIVOTAL}
     assert {c: record["pivotal tokens"]["kinds"][c]["n"] for c in want} == want        # byte-level tokens, the same words
     assert record["reflective actions"]["kinds"]["verify"]["n"] == 3
-    assert set(record["pivotal tokens"]["within"]) == {"position", "difficulty", "place in the word"}
+    assert set(record["pivotal tokens"]["within"]) == {"position", "difficulty", "place"}
     sampled = analyze(dataclasses.replace(s, resample=True, problems=3, max_new_tokens=40))
     assert sampled["models"][str(folder)]["behaviour"]["tokens per response"]["n"] == 6
 
@@ -163,13 +167,15 @@ def test_text_is_read_or_sampled_from_a_file(tmp_path, qwen2):
 @pytest.mark.parametrize("changes,message", [
     (dict(models=("nowhere/at/all",)), "no model folder"), (dict(samples=0), "at least 1"), (dict(temperature=0.0), "0.001"),
     (dict(task="text"), "--texts FILE"), (dict(texts="missing.jsonl"), "missing.jsonl"), (dict(encoder="x"), "pip install"),
-    (dict(texts="[1]"), "line 1, holds no JSON object"), (dict(texts='{"answer": "a"}'), "has no problem"), (dict(texts=""), None),
-    (dict(texts='{"problem": "Add 1."}'), "no countdown prompt"), (dict(texts='{"problem": "Add."}', task="text"), "has no words")])
+    (dict(texts="[1]"), "line 1, holds no JSON object"), (dict(texts='{"answer": "a"}'), "has no problem"),
+    (dict(texts=""), None), (dict(texts='{"problem": "Add 1."}'), "no countdown prompt"),
+    (dict(texts='{"problem": "Add."}', task="text"), "has no words")])
 def test_bad_input_is_one_sentence(tmp_path, changes, message):
     if changes.get("texts", "")[:1] in ("[", "{"):
         (tmp_path / "x.jsonl").write_text(changes["texts"])
         changes = changes | {"texts": str(tmp_path / "x.jsonl")}
-    s = Settings(**{"models": ("base",), "problems": 1, "samples": 1, "max_new_tokens": 4, "out": str(tmp_path / "o")} | changes)
+    smallest = {"models": ("base",), "problems": 1, "samples": 1, "max_new_tokens": 4, "out": str(tmp_path / "o")}
+    s = Settings(**smallest | changes)
     if message is None:
         analyze(s)                                              # the smallest run there is
         return
