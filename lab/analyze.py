@@ -215,18 +215,19 @@ def read(name: str, problems: Sequence[dict], s: Settings) -> tuple[Callable, li
     return functools.partial(mean_hidden, model, tokenizer), readings
 
 
-def distances(vectors: Callable, readings: Sequence[Reading], base: Sequence[Reading]) -> np.ndarray:
-    """Mean distance of every sentence of `readings` to its nearest ones of `base`."""
+def distances(vectors: Callable, readings: Sequence[Reading], base: Sequence[Reading]) -> np.ndarray | None:
+    """Mean distance of every sentence of `readings` to its nearest ones of `base`; None if one of the two has none."""
     own, others = ([r.sentence(a, b) for r in x for a, b, _ in r.sentences] for x in (readings, base))
+    if not own or not others:
+        return None
     place = {sentence: i for i, sentence in enumerate(dict.fromkeys(own + others))}     # each is read once
     table = torch.as_tensor(vectors(list(place)), dtype=torch.float64)
-    index = torch.tensor([place[sentence] for sentence in own])
-    once, back = index.unique(return_inverse=True)
+    once, back = torch.tensor([place[sentence] for sentence in own]).unique(return_inverse=True)
     return nearest(table[once], table[[place[sentence] for sentence in others]])[back].numpy()
 
 
-def analyse(readings: Sequence[Reading], far: np.ndarray | None, task: str) -> dict:
-    """The comparisons for one model; `far`: the distances of its sentences from the base model's."""
+def comparisons(readings: Sequence[Reading], far: np.ndarray | None, task: str) -> dict:
+    """Every comparison for one model; `far`: the distances of its sentences from the base model's."""
     token_kinds, sentence_kinds = TEXT if task == "text" else COUNTDOWN
     tokens = [(h, kind, i, t, r.difficulty, "begins a word" if begins else "within a word")
               for i, r in enumerate(readings)
@@ -245,13 +246,13 @@ def analyse(readings: Sequence[Reading], far: np.ndarray | None, task: str) -> d
             label, keep, other = np.isin(np.arange(len(far)), rare), np.full(len(far), True), kind
         else:
             label, keep = np.array([kinds.get(k) is True for k in kind]), np.array([k in kinds for k in kind])
-        values_, label, group_ = values[keep], label[keep], group[keep]
+        chosen = values[keep], label[keep], group[keep]
         strata = {name: x[keep] for name, x in (("position", position), ("difficulty", difficulty), (further, other))}
         total = lambda k, weights: np.bincount(group[kind == k], weights[kind == k], len(readings))
         record[subject] = {
-            "all": compare(values_, label, group_),
+            "all": compare(*chosen),
             "kinds": {str(k): ratio(total(k, values), total(k, np.ones(len(values)))) for k in np.unique(kind) if kinds},
-            "within": {name: within(values_, label, group_, x) for name, x in strata.items()
+            "within": {name: within(*chosen, x) for name, x in strata.items()
                        if len(set(x)) > 1 and not (x.dtype.kind == "f" and np.isnan(x).any())}}
     return record
 
@@ -304,7 +305,7 @@ def analyze(s: Settings) -> dict:
         mean, found[name] = read(name, problems, s)
         vectors = vectors or mean               # of the first model, the base if there is one, for all of them
         far = distances(vectors, found[name], found[s.base]) if s.base and name != s.base else None
-        report["models"][name] = {"behaviour": behaviour(found[name], s.task), **analyse(found[name], far, s.task)}
+        report["models"][name] = {"behaviour": behaviour(found[name], s.task), **comparisons(found[name], far, s.task)}
     first = {name: {r.problem: r for r in reversed(readings)} for name, readings in found.items()}
     cases = [{name: r[i] for name, r in first.items()} for i in range(min(s.show, len(problems)))]
     report["cases"] = [{"prompt": problems[i]["prompt"], **{name: "".join(r.pieces) for name, r in case.items()}}

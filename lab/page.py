@@ -128,7 +128,8 @@ def draw(report: dict, file: Path) -> str:
             axis.bar(x, means, width=0.38, label=label, **style)
             axis.vlines(x, lows, highs, color="0.0", linewidth=1.5)
             axis.plot([x, x], [lows, highs], "_", color="0.0", markersize=9)
-        axis.set_xticks(range(len(shown)), [("…" * (len(name) > 20) + name[-20:]).replace("$", r"\$") for name in shown])
+        axis.set_xticks(range(len(shown)), [("…" * (len(name) > 14) + name[-14:]).replace("$", r"\$") for name in shown],
+                        fontsize=8)
         axis.set(ylabel="mean entropy, nats", title=subject)
         axis.margins(y=0.25)
         axis.legend(frameon=False)

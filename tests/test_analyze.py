@@ -35,6 +35,7 @@ def test_distances_count_every_sentence_and_read_each_once():
         return [[place[s]] for s in sentences]
     got = distances(vectors, [reading("C. A. C.")], [reading("A. A. B."), reading("B. B. B.")])
     assert sorted(seen) == ["A.", "B.", "C."]
+    assert distances(vectors, [reading("C.")], [reading("!")]) is None
     assert got == pytest.approx([(9 * 4 + 10) / 5, (0 + 0 + 1 + 1 + 1) / 5, (9 * 4 + 10) / 5])
 
 
