@@ -47,7 +47,6 @@ from task import Countdown, chains, numbers_of
 
 NGRAM, NEIGHBOURS, RARE, RESAMPLES, PERMUTATIONS = 4, 5, 0.1, 2000, 1000
 SLOTS = 256                                 # sequences decoded at a time
-SUBJECTS = ("pivotal tokens", "reflective actions", "rare behaviours")
 
 
 @dataclass
@@ -162,8 +161,9 @@ def problems_of(s: Settings) -> list[dict]:
         for number, line in enumerate(Path(s.texts).read_bytes().splitlines()[:s.problems], 1):
             try:
                 row = dict(json.loads(line))
+                json.dumps(row, ensure_ascii=False).encode()        # half a character is no text
             except (ValueError, TypeError, RecursionError):
-                raise ValueError(f"{s.texts}, line {number}, holds no JSON object") from None
+                raise ValueError(f"{s.texts}, line {number}, holds no JSON object of valid text") from None
             text = lambda *names: next((row[n] for n in names if isinstance(row.get(n), str) and row[n].strip()), None)
             level = re.search(r"\d{1,3}", str(row.get("level", ""))[:99])
             found.append({"prompt": text("problem", "question", "prompt"),
@@ -203,12 +203,12 @@ def read(name: str, problems: Sequence[dict], s: Settings) -> tuple[Callable, li
         episodes = [dataclasses.replace(e, response=e.response[:-1]) if e.finished else e for e in episodes]
     readings = []
     for e, entropy in zip(episodes, entropies(model, episodes, s.temperature)):
-        p, pieces = problems[e.prompt_index], decode_pieces(decode, e.response.tolist())
+        p, ids = problems[e.prompt_index], e.response.tolist()
+        pieces = decode_pieces(decode, ids)
         kinds, sentences = (dissect_text(pieces) if s.task == "text" else
                             dissect_countdown(p["prompt"], [piece.strip() for piece in pieces]))
         whole = sentences if e.finished else sentences[:-1]         # the limit may have cut the last one
-        readings.append(Reading(e.prompt_index, p["prompt"], e.response.tolist(), pieces, kinds, whole, entropy,
-                                p["difficulty"]))
+        readings.append(Reading(e.prompt_index, p["prompt"], ids, pieces, kinds, whole, entropy, p["difficulty"]))
     first = {r.problem: i for i, r in reversed([*enumerate(readings)])}
     for i in (i for problem, i in first.items() if problem < s.show):
         readings[i].alternatives = alternatives(model, decode, episodes[i], s.temperature)
@@ -235,9 +235,9 @@ def comparisons(readings: Sequence[Reading], far: np.ndarray | None, task: str) 
     sentences = [(r.entropy[a:b].mean(), kind, i, a, r.difficulty, b - a)
                  for i, r in enumerate(readings) for a, b, kind in r.sentences]
     record: dict = {}
-    for subject, rows, kinds, further in ((SUBJECTS[0], tokens, token_kinds, "place"),
-                                          (SUBJECTS[1], sentences, sentence_kinds, "length in tokens"),
-                                          (SUBJECTS[2], sentences, None, "kind")):
+    for subject, rows, kinds, further in (("pivotal tokens", tokens, token_kinds, "place"),
+                                          ("reflective actions", sentences, sentence_kinds, "length in tokens"),
+                                          ("rare behaviours", sentences, None, "kind")):
         if not rows or (kinds is None and far is None):
             continue
         values, kind, group, position, difficulty, other = map(np.array, zip(*rows))
@@ -310,9 +310,8 @@ def analyze(s: Settings) -> dict:
     cases = [{name: r[i] for name, r in first.items()} for i in range(min(s.show, len(problems)))]
     report["cases"] = [{"prompt": problems[i]["prompt"], **{name: "".join(r.pieces) for name, r in case.items()}}
                        for i, case in enumerate(cases)]
-    done = "read" if problems[0]["response"] else "sampled"
-    print(f"{len(problems)} problems, {len(found[names[0]])} responses {done} per model, "
-          f"temperature {s.temperature}, seed {s.seed}; entropies in nats, 95 % intervals over responses")
+    print(f"{len(problems)} problems, {len(found[names[0]])} responses per model, temperature {s.temperature}, seed {s.seed}; "
+          "entropies in nats, 95 % intervals over responses")
     print(tables(report))
     kinds = TEXT if s.task == "text" else COUNTDOWN
     (out / "responses.html").write_text(page(cases, kinds), encoding="utf-8")

@@ -169,7 +169,7 @@ def test_text_is_read_or_sampled_from_a_file(tmp_path, qwen2):
     (dict(models=("nowhere/at/all",)), "no model folder"), (dict(samples=0), "at least 1"), (dict(temperature=0.0), "0.001"),
     (dict(task="text"), "--texts FILE"), (dict(texts="missing.jsonl"), "missing.jsonl"), (dict(encoder="x"), "pip install"),
     (dict(texts="[1]"), "line 1, holds no JSON object"), (dict(texts='{"answer": "a"}'), "has no problem"),
-    (dict(texts=""), None), (dict(texts='{"problem": "Add 1."}'), "no countdown prompt"),
+    (dict(texts='{"problem": "\\ud800"}'), "valid text"), (dict(texts=""), None), (dict(texts='{"problem": "Add 1."}'), "no countdown prompt"),
     (dict(texts='{"problem": "Add."}', task="text"), "has no words")])
 def test_bad_input_is_one_sentence(tmp_path, changes, message):
     if changes.get("texts", "")[:1] in ("[", "{"):
