@@ -310,7 +310,7 @@ def analyze(s: Settings) -> dict:
     cases = [{name: r[i] for name, r in first.items()} for i in range(min(s.show, len(problems)))]
     report["cases"] = [{"prompt": problems[i]["prompt"], **{name: "".join(r.pieces) for name, r in case.items()}}
                        for i, case in enumerate(cases)]
-    print(f"{len(problems)} problems, {len(found[names[0]])} responses per model, temperature {s.temperature}, seed {s.seed}",
+    print(f"{len(problems)} problems, {len(found[names[0]])} responses a model, temperature {s.temperature}, seed {s.seed}",
           "(entropies in nats, 95 % intervals over responses)\n" + tables(report))
     kinds = TEXT if s.task == "text" else COUNTDOWN
     (out / "responses.html").write_text(page(cases, kinds), encoding="utf-8")
