@@ -1,4 +1,5 @@
-"""A Qwen2-family decoder in plain PyTorch, and everything that touches its weights. Read after train.py.
+"""A decoder of the Qwen2, Qwen3 and Llama 3 families in plain PyTorch, and everything that touches its weights. Read
+after train.py.
 
     Transformer   tokens -> hidden states; explicit positions; an optional KV cache
     Critic        the same body with a scalar head, for PPO
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -26,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-SUPPORTED = ("qwen2",)
+SUPPORTED = ("qwen2", "qwen3", "llama")
 
 
 class RMSNorm(nn.Module):
@@ -53,17 +55,23 @@ class Attention(nn.Module):
         super().__init__()
         width, self.heads, self.kv_heads = (config[k] for k in ("hidden_size", "num_attention_heads",
                                                                 "num_key_value_heads"))
-        self.head_dim = width // self.heads
-        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=True)
-        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=True)
-        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=True)
+        self.head_dim, bias = head_size(config), config["model_type"] == "qwen2"
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
+        self.normed = config["model_type"] == "qwen3"
+        if self.normed:
+            self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config["rms_norm_eps"]) for _ in range(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None, place: Tensor | None,
                 mask: Tensor | None) -> Tensor:
         batch, time, _ = x.shape
         split = lambda y, heads: y.view(batch, time, heads, self.head_dim).transpose(1, 2)
         qk = split(torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1), self.heads + self.kv_heads)
+        if self.normed:
+            q, k = qk.split((self.heads, self.kv_heads), dim=1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
         q, k = rotate(qk, cos, sin).split((self.heads, self.kv_heads), dim=1)   # [B, heads, T, d], [B, kv_heads, T, d]
         v = split(self.v_proj(x), self.kv_heads)                    # [B, kv_heads, T, d]
         if mask is not None:
@@ -120,6 +128,7 @@ class Transformer(nn.Module):
         check_supported(config)
         self.config = config
         self.eos_ids: tuple[int, ...] = ()
+        self.recompute = False                  # keep only each layer's input for the backward pass
         self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
         self.layers = nn.ModuleList(Block(config) for _ in range(config["num_hidden_layers"]))
         self.norm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
@@ -135,8 +144,7 @@ class Transformer(nn.Module):
         """Keys and values: [layers, 2, rows, kv_heads, length, head_dim]. Zeros, not empty: masked positions
         are multiplied by a weight of 0, and 0 * nan is nan."""
         c = self.config
-        return torch.zeros(c["num_hidden_layers"], 2, rows, c["num_key_value_heads"], length,
-                           c["hidden_size"] // c["num_attention_heads"],
+        return torch.zeros(c["num_hidden_layers"], 2, rows, c["num_key_value_heads"], length, head_size(c),
                            dtype=self.head.dtype, device=self.head.device)
 
     def forward(self, tokens: Tensor, position: Tensor, cache: Tensor | None = None) -> Tensor:
@@ -144,10 +152,7 @@ class Transformer(nn.Module):
         Without a cache: causal attention over T. With one and T > 1: the same, and keys and values are
         written to cache positions 0..T-1. With one and T = 1: each row's token goes to its own position
         and attends to the cache up to there."""
-        config = self.config
-        half = config["hidden_size"] // config["num_attention_heads"] // 2
-        exponent = torch.arange(half, device=tokens.device, dtype=torch.float32) / half
-        angle = position[:, None, :, None] * rope_theta(config) ** -exponent        # [B, 1, T, d/2], fp32
+        angle = position[:, None, :, None] * rope_frequency(self.config, tokens.device)     # [B, 1, T, d/2], fp32
         x = self.embed_tokens(tokens)                                               # [B, T, width]
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         mask = place = None
@@ -159,7 +164,10 @@ class Transformer(nn.Module):
             mask = torch.zeros(hidden_keys.shape, device=x.device, dtype=x.dtype).masked_fill_(hidden_keys, -torch.inf)
             mask = mask[:, None]                                                    # [B, 1, L]
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, None if cache is None else cache[i], place, mask)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, None, None, None, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, None if cache is None else cache[i], place, mask)
         return self.norm(x)
 
 
@@ -184,9 +192,30 @@ class Critic(nn.Module):
             return self.value(hidden.float())[..., 0]
 
 
-def rope_theta(config: dict) -> float:
-    """transformers 5 nests it in rope_parameters, earlier versions have it at the top."""
-    return float((config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta", 10000.0)))
+def head_size(config: dict) -> int:
+    """Qwen3's default is 128, whatever the width."""
+    return config.get("head_dim") or (128 if config["model_type"] == "qwen3"
+                                      else config["hidden_size"] // config["num_attention_heads"])
+
+
+def rope_of(config: dict) -> dict:
+    """transformers 5 has it all in rope_parameters, earlier versions in rope_scaling and rope_theta."""
+    rope = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {}),
+            **(config.get("rope_parameters") or {})}
+    return rope | {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
+
+
+def rope_frequency(config: dict, device: torch.device) -> Tensor:
+    """Radians per position of each pair of a head's numbers, fp32 [d/2]. Llama 3.1's scaling: waves that are long
+    against the context of pre-training are stretched by a factor, short ones are kept, those between blend."""
+    half, rope = head_size(config) // 2, rope_of(config)
+    frequency = float(rope["rope_theta"]) ** -(torch.arange(half, device=device, dtype=torch.float32) / half)
+    if rope["rope_type"] == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        waves = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)     # in that context
+        kept = ((waves - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / rope["factor"])
+    return frequency
 
 
 def check_supported(config: dict) -> None:
@@ -196,11 +225,10 @@ def check_supported(config: dict) -> None:
               "num_key_value_heads", "rms_norm_eps")
     if missing := [name for name in needed if name not in config]:
         raise ValueError(f"the model's config.json lacks {', '.join(missing)}")
-    head_dim = config["hidden_size"] // config["num_attention_heads"]
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    unusual = {"a head size of its own": config.get("head_dim", head_dim) != head_dim,
-               "sliding-window attention": config.get("use_sliding_window", False),
-               "RoPE scaling": scaling.get("rope_type", scaling.get("type", "default")) != "default",
+    unusual = {"sliding-window attention": config.get("use_sliding_window", False)
+               or {*(config.get("layer_types") or ())} - {"full_attention"},
+               "biases": config["model_type"] != "qwen2" and (config.get("attention_bias") or config.get("mlp_bias")),
+               f"RoPE scaling {rope_of(config)['rope_type']!r}": rope_of(config)["rope_type"] not in ("default", "llama3"),
                f"activation {config.get('hidden_act')!r}": config.get("hidden_act", "silu") != "silu"}
     if found := [name for name, present in unusual.items() if present]:
         raise ValueError(f"this {config['model_type']} checkpoint uses {found[0]}, which model.py does not implement")
@@ -210,6 +238,9 @@ def logp_entropy(hidden: Tensor, head: Tensor, target: Tensor, temperature: floa
                  entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
     """Log-probability of `target` and entropy (nats, full vocabulary) of softmax(logits / temperature), in fp32.
     hidden [N, width], head [V, width], target [N] -> [N], [N]. H = logsumexp(z) - sum softmax(z) z."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):     # cast here: autocast's cached copy would sum the chunks' gradients in bfloat16
+        hidden, head = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, head))
     z = F.linear(hidden, head).float() / temperature                # [N, V]
     lse = z.logsumexp(dim=-1)                                       # [N]
     with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):

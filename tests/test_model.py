@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
+from conftest import FAMILIES, LLAMA_31
 from model import Transformer, load, response_mask, save, score
 
 
@@ -17,7 +18,7 @@ def logits(model, tokens):
 @pytest.mark.parametrize("changes", [
     {}, {"tie_word_embeddings": False}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1, "num_hidden_layers": 3},
     {"rope_theta": 1e6, "tie_word_embeddings": False, "hidden_size": 48, "num_attention_heads": 6},
-    {"rope_theta": 500.0, "rms_norm_eps": 1e-5}])
+    {"rope_theta": 500.0, "rms_norm_eps": 1e-5}, *FAMILIES])
 def test_logits_equal_transformers_and_save_round_trips(qwen2, tmp_path, changes):
     folder, reference = qwen2(**changes)
     model, tokenizer = load(str(folder))
@@ -45,13 +46,18 @@ def test_base_equals_transformers():
     assert model.eos_ids == (tokenizer.eos_token_id,)
 
 
-def test_the_config_of_earlier_transformers_versions(qwen2):
-    """transformers 4 wrote rope_theta at the top of config.json."""
-    folder, reference = qwen2(rope_theta=777.0)
+@pytest.mark.parametrize("old, changes", [
+    ({"rope_theta": 777.0, "torch_dtype": "float32"}, {"rope_theta": 777.0}), ({"rope_theta": 1e4}, {"family": Qwen3Config}),
+    ({"rope_theta": 5e5, "rope_scaling": {k: v for k, v in LLAMA_31.items() if k != "rope_theta"}},
+     {"family": LlamaConfig, "rope_parameters": LLAMA_31})])
+def test_the_config_of_earlier_transformers_versions(qwen2, old, changes):
+    """transformers 4 wrote rope_theta and rope_scaling at the top of config.json; Qwen3's head_dim may be absent."""
+    folder, reference = qwen2(**changes)
     config = json.loads((folder / "config.json").read_text())
-    del config["rope_parameters"]
-    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 777.0, "torch_dtype": "float32"}))
-    tokens = torch.randint(0, 112, (2, 40))
+    for key in ("rope_parameters", "head_dim"):
+        config.pop(key, None)
+    (folder / "config.json").write_text(json.dumps(config | old))
+    tokens = torch.randint(0, 112, (2, 140))
     with torch.no_grad():
         assert (reference(tokens).logits - logits(load(str(folder))[0], tokens)).abs().max() <= 1e-4
 
@@ -173,10 +179,12 @@ def test_what_is_refused(qwen2, tmp_path):
     with pytest.raises(FileNotFoundError, match="has no config.json"):
         (tmp_path / "empty").mkdir()
         load(str(tmp_path / "empty"))
-    for change, sentence in (({"model_type": "gpt2"}, "'gpt2' is not supported; supported: qwen2"),
+    for change, sentence in (({"model_type": "gpt2"}, "'gpt2' is not supported; supported: qwen2, qwen3, llama"),
                              ({"use_sliding_window": True}, "sliding-window"), ({"hidden_act": "gelu"}, "activation"),
                              ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "RoPE scaling"),
-                             ({"head_dim": 12}, "head size of its own"),
+                             ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+                             ({"head_dim": 12}, r"k_proj.bias in .* is \(16,\), config.json wants \(24,\)"),
+                             ({"model_type": "llama", "attention_bias": True}, "uses biases"),
                              ({"intermediate_size": 64}, r"is \(.*\), config.json wants"),
                              ({"num_hidden_layers": 3}, "lacks 12 tensors"),
                              ({"num_hidden_layers": 1}, "config.json does not call for")):

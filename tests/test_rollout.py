@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import rollout
+from conftest import FAMILIES
 from model import load
 from rollout import Episode, Sampler, sample, seeded_generator, texts, truncate
 from task import countdown_tokenizer
@@ -18,7 +19,8 @@ def prompts_of(lengths, seed=0):
     (1.0, 4, (0,), 16384, {}),                              # more sequences than slots; padding is 0, and so is the end
     (0.7, 7, (0, 3, 50), 16384, {"tie_word_embeddings": False}),        # several end tokens
     (1.0, 100, (0,), 20, {"num_key_value_heads": 4}),       # more slots than sequences; a prefill of few prompts
-    (1.4, 3, (9,), 1, {"num_key_value_heads": 1})])         # one prompt per prefill
+    (1.4, 3, (9,), 1, {"num_key_value_heads": 1}),          # one prompt per prefill
+    *((1.0, 4, (0,), 16384, family) for family in FAMILIES)])
 def test_cached_refilled_ragged_decoding_equals_a_full_forward(qwen2, monkeypatch, temperature, slots, eos, prefill, changes):
     monkeypatch.setattr(rollout, "PREFILL_TOKENS", prefill)
     folder, reference = qwen2(**changes)

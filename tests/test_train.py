@@ -358,7 +358,7 @@ def test_flags_that_do_not_parse(monkeypatch, capsys, flags):
 def test_an_unsupported_model_type(monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     message = command(monkeypatch, "train.py", "--model", str(tmp_path), "--out", str(tmp_path / "runs"))
-    assert message == "train.py: model type 'gpt2' is not supported; supported: qwen2"
+    assert message == "train.py: model type 'gpt2' is not supported; supported: qwen2, qwen3, llama"
 
 
 def test_evaluate_as_a_command(monkeypatch):
