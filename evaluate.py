@@ -40,8 +40,8 @@ def flag(default, help: str, **options):
     return dataclasses.field(default=default, metadata={"help": help} | options)
 
 
-def parse_flags(settings_class, description: str, arguments: Sequence[str] | None = None):
-    """Turns a dataclass of `flag` fields into --flags and returns it filled in."""
+def parse_flags(settings_class, description: str, arguments: Sequence[str] | None = None, presets: dict | None = None):
+    """Turns a dataclass of `flag` fields into --flags and returns it filled in. A --preset changes the defaults."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for field in dataclasses.fields(settings_class):
@@ -54,6 +54,8 @@ def parse_flags(settings_class, description: str, arguments: Sequence[str] | Non
         else:
             options["type"] = options.get("type", type(field.default))
         parser.add_argument(name, **options)
+    if presets:
+        parser.set_defaults(**presets.get(parser.parse_args(arguments).preset, {}))
     return settings_class(**vars(parser.parse_args(arguments)))
 
 
@@ -140,7 +142,10 @@ def report(results: dict[str, dict], ks: Sequence[int]) -> tuple[str, dict]:
 class Settings:
     models: tuple = flag((), "model folders, run folders or hub ids; the first is what the others are compared with",
                          nargs="+", type=str)
-    task: str = flag("countdown", "the task")
+    task: str = flag("countdown", "countdown or math", choices=("countdown", "math"))
+    data: str = flag("", "math: the training data, whose splits are train and validation")
+    test_data: str = flag("", "math: the test data")
+    template: str = flag("dapo", "math: how a problem is put", choices=("dapo", "qwen-math", "chat", "none"))
     split: str = flag("validation", "problems to use; keep test for the day when the settings are frozen",
                       choices=("train", "validation", "test"))
     problems: int = flag(200, "how many problems, from the start of the split (0: all)")
@@ -172,7 +177,7 @@ def evaluate(s: Settings) -> dict:
         find_folder(name)                       # before the first is sampled
     if not Path(s.json).absolute().parent.is_dir():
         raise FileNotFoundError(f"--json {s.json} names a folder that does not exist")
-    task, device = load_task(s.task), pick_device(s.device)
+    task, device = load_task(s.task, s.data, s.test_data, s.template), pick_device(s.device)
     problems = getattr(task, s.split)[:s.problems or None]
     if not problems:
         raise ValueError(f"{s.task} has no {s.split} problems")

@@ -314,6 +314,15 @@ def load(path_or_hub_id: str, device: str | torch.device = "cpu",
     return model, tokenizer
 
 
+def config_of(path_or_hub_id: str) -> dict:
+    return read_json(find_folder(path_or_hub_id) / "config.json")
+
+
+def load_tokenizer(path_or_hub_id: str):
+    from transformers import PreTrainedTokenizerFast
+    return PreTrainedTokenizerFast.from_pretrained(find_folder(path_or_hub_id))
+
+
 def find_folder(path_or_hub_id: str) -> Path:
     folder = Path(path_or_hub_id)
     if (folder / "model" / "config.json").exists():                 # a run folder: its trained model

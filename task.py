@@ -106,6 +106,8 @@ class Countdown:
 
     Three solutions, because blind search almost never finds the only one."""
 
+    timeouts = 0                # gradings that had to be stopped: none here, math has some
+
     def __init__(self, count: int = 4, solutions: int = 3) -> None:
         self.count, self.solutions = count, solutions
 
@@ -157,8 +159,11 @@ def countdown_tokenizer():
                                    clean_up_tokenization_spaces=False)
 
 
-def load_task(name: str) -> Countdown:
-    """The task called `name`; ValueError for a name that is none."""
-    if name == "countdown":
-        return Countdown()
-    raise ValueError(f"unknown task {name!r}; the task here is: countdown")
+def load_task(name: str, data: str = "", test_data: str = "", template: str = "dapo"):
+    """The task called `name`; the rest is for math, real mathematics. ValueError for a name that is none."""
+    if name == "math":
+        from math_task import Math                      # here, because countdown needs nothing of it
+        return Math(data, test_data, template)
+    if name != "countdown" or data or test_data:
+        raise ValueError(f"unknown task {name!r}; the tasks are countdown, which brings its problems, and math")
+    return Countdown()

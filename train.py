@@ -7,7 +7,8 @@ for what is usual where GRPO takes the group's mean; the rest is the same.
 Departs from the paper: scaled down. 32 prompts x 16 samples and 8 updates per rollout instead of 512 x 8 and
 16, responses of 128 tokens instead of 8K, learning rates for 0.4 M parameters instead of 7 B. As in the
 paper: kappa 2, alpha 0.4 (PPO 0.1), clip 0.2 / 0.28, token-level mean, no KL term, no entropy term, reward
-+1 / -1, gamma = lambda = 1, 10 steps in which only the critic learns.
++1 / -1, gamma = lambda = 1, 10 steps in which only the critic learns. `--preset paper-grpo` and `paper-ppo` set all
+of the paper's numbers; what it does not state (steps, weight decay, gradient clip, the value clip) stays as it is here.
 """
 
 from __future__ import annotations
@@ -31,9 +32,16 @@ from advantage import gae, group_advantage, policy_loss, shape_with_entropy, val
 from checkpoint import (append, explained, load_state, open_run, peak_memory, read_lines, resumed, save_run, step_times,
                         stop, summary, write_text)
 from evaluate import count_solved, flag, parse_flags, pick_device, report
-from model import Critic, Transformer, load, score
+from model import Critic, Transformer, config_of, load, load_tokenizer, score
 from rollout import Episode, Sampler, collate, draw, micro_batches, per_token, seeded_generator, texts
+from scale import MasterAdamW, available, everyone, join, plan
 from task import load_task
+
+PAPER = dict(task="math", template="dapo", prompts=512, samples=8, minibatch=32, lr=1e-6, kappa=2.0, clip_low=0.2,
+             clip_high=0.28, entropy_coef=0.0, temperature=1.0, max_new_tokens=8192, dtype="bfloat16", recompute=True,
+             slots=64)                          # ours: as many caches of 9K tokens as 7B leaves room for on one card
+PRESETS = {"paper-grpo": PAPER | dict(algo="grpo", alpha=0.4),
+           "paper-ppo": PAPER | dict(algo="ppo", alpha=0.1, critic_lr=2e-6, critic_warmup=10, gamma=1.0, lam=1.0)}
 
 
 @dataclass
@@ -45,7 +53,12 @@ class Settings:
     dry_run: bool = flag(False, "only one step at the longest lengths; prints its time and memory")
     algo: str = flag("grpo", "where advantages come from: the group (grpo) or a critic (ppo)", choices=("grpo", "ppo"))
     model: str = flag("base", "model to start from: a folder or a hub id")
-    task: str = flag("countdown", "the task")
+    preset: str = flag("", "the paper's settings; flags beside it change single ones", choices=("", *PRESETS))
+    task: str = flag("countdown", "countdown or math", choices=("countdown", "math"))
+    data: str = flag("", "math: problems to train on, a jsonl, json or parquet file or a hub data set")
+    test_data: str = flag("", "math: problems that are kept out of the training")
+    template: str = flag("dapo", "math: how a problem is put", choices=("dapo", "qwen-math", "chat", "none"))
+    max_prompt_tokens: int = flag(1024, "problems with longer prompts are left out")
     steps: int = flag(100, "rollouts")
     prompts: int = flag(32, "problems per rollout")
     samples: int = flag(16, "answers per problem, the group of GRPO")
@@ -69,6 +82,7 @@ class Settings:
     slots: int = flag(512, "sequences decoded at a time")
     micro_tokens: int = flag(2048, "tokens, with padding, in one forward and backward pass")
     chunk: int = flag(2048, "response tokens whose logits exist at a time")
+    recompute: bool = flag(False, "gradient checkpointing: layers are computed again in the backward pass")
     compile: bool = flag(False, "torch.compile the policy's update (needs a C++ compiler)")
     skip_zero: bool = flag(True, "leave sequences with zero advantage out of the forward pass (exact)")
     eval_every: int = flag(25, "steps between validations and between saves")
@@ -77,8 +91,9 @@ class Settings:
     final_samples: int = flag(64, "samples per problem before the first and after the last step")
     seed: int = flag(0, "of data order and sampling")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
-    dtype: str = flag("float32", "of sampling and scoring; the weights that are trained stay float32",
-                      choices=("float32", "bfloat16"))
+    dtype: str = flag("float32", "of sampling and scoring", choices=("float32", "bfloat16"))
+    weights: str = flag("float32", "of the weights that are trained; bfloat16 (for 7B on one card) has a float32 master in "
+                                   "the optimizer", choices=("float32", "bfloat16"))
     decode_dtype: str = flag(None, "of sampling alone, if it is not --dtype", choices=("float32", "bfloat16"), type=str)
 
     def __post_init__(self) -> None:
@@ -96,6 +111,7 @@ def check(s: Settings) -> None:
              "at least 2: a group of one has no baseline to compare with"),
             ("critic_warmup", s.algo == "grpo" or s.critic_warmup < s.steps, "less than --steps, or the policy never moves"),
             ("minibatch", s.minibatch >= 1 and s.prompts % s.minibatch == 0, f"a divisor of --prompts, {s.prompts}"),
+            ("weights", s.weights in ("float32", s.dtype), "float32, or bfloat16 with --dtype bfloat16"),
             ("clip_low", 0 <= s.clip_low < 1, "in [0, 1)"), ("clip_high", s.clip_high >= 0, "at least 0"),
             ("gamma", 0 <= s.gamma <= 1, "in [0, 1]"), ("lam", 0 <= s.lam <= 1, "in [0, 1]"),
             *((name, getattr(s, name) >= 0, "at least 0")
@@ -103,11 +119,12 @@ def check(s: Settings) -> None:
             ("lr", s.lr >= 0, "at least 0"), ("weight_decay", s.weight_decay >= 0, "at least 0"),
             ("temperature", 1e-3 <= s.temperature <= 1e3, "from 0.001 to 1000"), ("grad_clip", s.grad_clip > 0, "positive"),
             *((name, getattr(s, name) >= 1, "at least 1") for name in (
-                "prompts", "max_new_tokens", "slots", "micro_tokens", "chunk", "eval_every", "eval_problems",
+                "prompts", "max_prompt_tokens", "max_new_tokens", "slots", "micro_tokens", "chunk", "eval_every", "eval_problems",
                 "eval_samples", "final_samples", "steps")), ("seed", s.seed >= 0, "at least 0")):
         value = getattr(s, name)
-        if not good or not math.isfinite(value):
-            wanted = wanted if math.isfinite(value) else "a finite number"
+        finite = isinstance(value, str) or math.isfinite(value)
+        if not good or not finite:
+            wanted = wanted if finite else "a finite number"
             raise ValueError(f"--{name.replace('_', '-')} must be {wanted}; it is {value}")
 
 
@@ -126,7 +143,8 @@ def update(model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[
     token, 0 beyond. Returns policy_loss's sums, the sums of psi / |A| and of the gap to the sampler, the largest gap,
     the norm, and the seconds of scoring."""
     device, total = model.head.device, Counter()
-    denominator = sum(len(e.response) for e in episodes)        # of the whole step, whatever is left out below
+    # of the whole step, on all processes, whatever is left out below
+    denominator = sum(everyone(sum(len(e.response) for e in episodes)))
     # Without a KL or entropy term, A = 0 means no gradient: such sequences need no forward pass.
     everything = not s.skip_zero or s.entropy_coef > 0
     live = [i for i, some in enumerate((advantage != 0).any(1).tolist()) if some or everything]
@@ -158,7 +176,7 @@ def update(model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[
 def update_critic(critic: Critic, optimizer: torch.optim.Optimizer, episodes: list[Episode], value: Tensor, ret: Tensor,
                   s: Settings) -> Counter:
     """One optimizer step of the critic; value, ret [N, R]: the values before it, and what they should have been."""
-    total, denominator = Counter(), sum(len(e.response) for e in episodes)
+    total, denominator = Counter(), sum(everyone(sum(len(e.response) for e in episodes)))
     for batch in micro_batches(episodes, s.micro_tokens):
         tokens, _, _, mask, old, target = collate([episodes[i] for i in batch], critic.value.weight.device,
                                                   value[batch], ret[batch])             # [B, T], then [B, T-1]
@@ -189,12 +207,20 @@ def critic_advantage(critic: Critic, episodes: list[Episode], reward: Tensor, co
     value, at_end = values_of(critic, episodes, s), torch.zeros(counted.shape)
     at_end[torch.arange(len(reward)), counted.sum(1) - 1] = reward
     advantage, ret = gae(at_end, value, counted, s.gamma, s.lam)
-    return whiten(advantage, counted), value, ret
+    return whiten(advantage, counted, torch.cat(everyone(advantage[counted]))), value, ret
 
 
 def descend(module: torch.nn.Module, optimizer: torch.optim.Optimizer, total: Counter, s: Settings) -> Counter:
-    """Clips the gradient, refuses one that is not finite, and steps. Gradients come in zeroed and leave so: zeros,
-    not None, because a step without live sequences is a step too."""
+    """Adds up the gradients and sums of all processes, clips, refuses what is not finite, and steps. Gradients come in
+    zeroed and leave so: zeros, not None, because a step without live sequences is a step too."""
+    parts = everyone(total)
+    if len(parts) > 1:
+        largest, total = max(part["gap_max"] for part in parts), Counter()
+        for part in parts:
+            total.update(part)
+        total["gap_max"] = largest
+        for parameter in module.parameters():
+            torch.distributed.all_reduce(parameter.grad)
     total["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(module.parameters(), s.grad_clip))
     if not math.isfinite(total["loss"] + total["grad_norm"]):
         raise FloatingPointError(f"the loss is {total['loss']} and the gradient norm {total['grad_norm']}")
@@ -206,56 +232,73 @@ def descend(module: torch.nn.Module, optimizer: torch.optim.Optimizer, total: Co
 def adamw(module: torch.nn.Module, lr: float, s: Settings) -> torch.optim.Optimizer:
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    return torch.optim.AdamW(module.parameters(), lr, weight_decay=s.weight_decay)
+    return (MasterAdamW if s.weights == "bfloat16" else torch.optim.AdamW)(module.parameters(), lr,
+                                                                           weight_decay=s.weight_decay)
 
 
 def train(s: Settings) -> Path | None:
     """Runs the command; returns the run's folder (None after a dry run)."""
     check(s)
-    device, task = pick_device(s.device), load_task(s.task)
-    model, tokenizer = load(s.model, device)
+    device, task = pick_device(s.device), load_task(s.task, s.data, s.test_data, s.template)
+    rank, world = join(device)
+    if s.minibatch % world:
+        raise ValueError(f"--minibatch {s.minibatch} does not divide among {world} processes")
+    tokenizer, both = load_tokenizer(s.model), (task.train, task.validation[:s.eval_problems])
+    problems, validation = ([p for p in part if len(task.encode(p, tokenizer)) <= s.max_prompt_tokens] for part in both)
+    left_out = sum(map(len, both)) - len(problems) - len(validation)
+    if not problems or not validation:
+        raise ValueError(f"{s.task} has {len(problems)} training and {len(validation)} validation problems; both are needed")
+    longest = max([*problems, *validation], key=lambda p: len(task.encode(p, tokenizer)))
+    length = len(task.encode(longest, tokenizer)) + s.max_new_tokens
+    rows = min(s.slots, max(s.prompts * s.samples, len(validation) * max(s.eval_samples, s.final_samples)))
+    planned = plan(config_of(s.model), s, length, rows, available(device))
+    model = load(s.model, device, getattr(torch, s.weights))[0]
+    model.recompute = s.recompute
     parts = {"policy": (model, adamw(model, s.lr, s))}
     scorer = torch.compile(model, dynamic=True) if s.compile else model     # not the sampler's, which it would slow down
     if s.algo == "ppo":
         critic = Critic(model)
         parts["critic"] = (critic, adamw(critic, s.critic_lr, s))
-    problems, validation = task.train, task.validation[:s.eval_problems]
-    if not problems or not validation:
-        raise ValueError(f"{s.task} has {len(problems)} training and {len(validation)} validation problems; both are needed")
-    longest = max([*problems, *validation], key=lambda p: len(task.encode(p, tokenizer)))
-    sampler = Sampler(model, s.slots, len(task.encode(longest, tokenizer)) + s.max_new_tokens, model.eos_ids,
-                      getattr(torch, s.decode_dtype))
+    sampler = Sampler(model, s.slots, length, model.eos_ids, getattr(torch, s.decode_dtype))
     if s.dry_run:           # no response ends, the forward pass leaves nothing out, the cache is a validation's
         sampler.eos_ids, problems, s = (-1,), [longest], dataclasses.replace(s, steps=1, skip_zero=False, critic_warmup=0)
-        rows = min(s.slots, max(s.prompts * s.samples, len(validation) * max(s.eval_samples, s.final_samples)))
         sampler.allocate(rows)
         run, done, log, validated = Path("dry run"), 0, [], []
     else:
-        run = Path(s.resume) if s.resume else open_run(s, s.name or run_name(s))
+        run = Path(s.resume or Path(s.out, s.name or run_name(s)))
+        if rank == 0 and not s.resume:
+            open_run(s, run.name)
+        everyone(None)                                              # nobody looks before the folder is there
         done = load_state(run, parts)
-        log = read_lines(run / "log.jsonl", done, range(1, done + 1))
-        validated = read_lines(run / "validation.jsonl", done, range(0, done, s.eval_every))
+        log = read_lines(run / "log.jsonl", done, range(1, done + 1)) if rank == 0 else []
+        validated = read_lines(run / "validation.jsonl", done, range(0, done, s.eval_every)) if rank == 0 else []
+        log, validated = everyone((log, validated))[0]
         sampler.sync()
         stop.run, stop.saved = run, done
-    group = torch.arange(s.prompts).repeat_interleave(s.samples)
+    if rank == 0:
+        print(planned + f"; {left_out} problems have prompts of more than {s.max_prompt_tokens} tokens" * (left_out > 0))
+    mine = s.minibatch // world             # problems that this process has of every minibatch
+    group = torch.arange(s.prompts // world).repeat_interleave(s.samples)
 
     def validate(step: int) -> None:
         if (step % s.eval_every == 0 or step == s.steps) and step not in [v["step"] for v in validated] and not s.dry_run:
             edge, stop.in_steps = step in (0, s.steps), False       # all is saved: a signal may stop this at once
             validated.append({"step": step} | count_solved(
                 sampler, tokenizer, task, validation, s.final_samples if edge else s.eval_samples, s.max_new_tokens,
-                s.temperature, 1.0, s.seed, step, f"validation, step {step}" if edge else None))
-            append(run / "validation.jsonl", validated[-1])
+                s.temperature, 1.0, s.seed, step, f"validation, step {step}" if edge and rank == 0 else None))
+            if rank == 0:
+                append(run / "validation.jsonl", validated[-1])
         stop.in_steps = not s.dry_run
 
     validate(done)
-    bar = tqdm(range(done + 1, s.steps + 1), initial=done, total=s.steps, desc=run.name, unit="step", disable=None)
+    bar = tqdm(range(done + 1, s.steps + 1), initial=done, total=s.steps, desc=run.name, unit="step",
+               disable=None if rank == 0 else True)
     for step in bar:
         started = time.perf_counter()
         # sample
-        batch = draw(problems, s.prompts, step - 1, s.seed)
+        batch = [p for i, p in enumerate(draw(problems, s.prompts, step - 1, s.seed)) if i % s.minibatch // mine == rank]
         episodes = sampler.generate([task.encode(p, tokenizer) for p in batch], s.samples, s.max_new_tokens,
-                                    s.temperature, seeded_generator(s.seed, step, "rollout", device))
+                                    s.temperature, seeded_generator(s.seed, step, "rollout" + f" {rank}" * (rank > 0), device))
         sampler.free()
         rolled_out = time.perf_counter()
         # reward
@@ -271,7 +314,7 @@ def train(s: Settings) -> Path | None:
         else:
             advantage, value, ret = critic_advantage(critic, episodes, reward, counted, s)  # [N, R]
         # score, shape, loss, step
-        size, updates, critic_updates = s.minibatch * s.samples, [], []
+        size, updates, critic_updates = mine * s.samples, [], []
         for i in range(0, len(episodes), size):
             part = slice(i, i + size)
             if s.algo == "ppo":
@@ -281,24 +324,29 @@ def train(s: Settings) -> Path | None:
         sampler.sync()
         updated = time.perf_counter()
 
-        line = summary(step, episodes, reward, updates, s.samples)
+        line = summary(step, sum(everyone(episodes), []), torch.cat(everyone(reward)), updates, s.samples)
         line["arm"] = f"{s.algo}, alpha {s.alpha}, entropy_coef {s.entropy_coef}, clip_high {s.clip_high}"
         if s.algo == "ppo":
-            line |= explained(critic_updates, value[counted], ret[counted])
+            line |= explained(critic_updates, *(torch.cat(everyone(x[counted])) for x in (value, ret)))
         line |= {"rollout_s": rolled_out - started, "reward_s": rewarded - rolled_out,
                  "score_s": sum(u["score_s"] for u in updates), "update_s": updated - rewarded,
                  "rollout_tokens_per_s": line["tokens"] / (rolled_out - started),
-                 "update_tokens_per_s": line["tokens"] / (updated - rewarded), "peak_memory_gb": peak_memory(device)}
+                 "update_tokens_per_s": line["tokens"] / (updated - rewarded), "peak_memory_gb": peak_memory(device),
+                 "timeouts": sum(everyone(task.timeouts))}
+        task.timeouts = 0
         log.append(line)
-        if s.dry_run:
+        if s.dry_run and rank == 0:
             print(f"{len(episodes)} sequences of {sampler.max_length} tokens, peak memory {line['peak_memory_gb']:.2f} GB; "
                   + step_times(log))
+        if s.dry_run:
             return None
-        append(run / "log.jsonl", line)
-        asked = stop.asked                      # read once: a signal from here on is for the next step
-        if step % s.eval_every == 0 or step == s.steps or asked:
-            save_run(run, step, parts, tokenizer)
-            stop.saved = step
+        asked = any(everyone(stop.asked))       # read once: a signal from here on is for the next step
+        keep = step % s.eval_every == 0 or step == s.steps or asked
+        if rank == 0:
+            append(run / "log.jsonl", line)
+            if keep:
+                save_run(run, step, parts, tokenizer)
+        stop.saved = step if keep else stop.saved
         if asked:
             raise KeyboardInterrupt
         validate(step)
@@ -307,6 +355,8 @@ def train(s: Settings) -> Path | None:
                        f"{line['reward']:+.2f}): try more --samples, easier problems or another template", file=sys.stderr)
         bar.set_postfix(reward=f"{line['reward']:+.2f}", entropy=f"{line['entropy']:.2f}", length=f"{line['length']:.0f}")
 
+    if rank > 0:
+        return run
     results = {"base": validated[0], "trained": validated[-1]}
     table, record = report(results, [k for k in (1, 4, 16, 64, 256) if k <= s.final_samples])
     write_text(run / "validation.json", json.dumps(record) + "\n")
@@ -320,7 +370,7 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        settings = parse_flags(Settings, __doc__)
+        settings = parse_flags(Settings, __doc__, presets=PRESETS)
         train(settings if settings.resume is None else resumed(settings.resume, sys.argv[1:], Settings))
     except FloatingPointError as error:
         sys.exit(f"train.py: stopped in {stop.where}: {error}; {stop.way_back()}")

@@ -1,6 +1,8 @@
 """model.py against transformers: logits, round trips, score; and what it refuses."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -240,3 +242,61 @@ def test_positions_matter_only_relatively():
             torch.arange(30), torch.arange(30) + 7, torch.arange(30) * 2))
     assert (shifted - plain).abs().max() < 1e-3             # RoPE is relative ...
     assert (stretched - plain).abs().max() > 0.1            # ... and is there
+
+
+PEAK = """
+import sys, torch
+from checkpoint import peak_memory
+from model import Transformer, score
+length, chunk = map(int, sys.argv[1:])
+torch.manual_seed(0)
+model = Transformer(dict(model_type="qwen2", vocab_size=152_000, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=1, rms_norm_eps=1e-6, tie_word_embeddings=True))
+tokens, one = torch.randint(0, 152_000, (1, length)), torch.tensor([1])
+before = peak_memory(torch.device("cpu"))
+logp, entropy = score(model, tokens, one, one * length, 1.0, chunk)
+logp.sum().backward()
+print(peak_memory(torch.device("cpu")) - before)
+"""
+
+
+def test_the_peak_memory_of_score_grows_with_the_chunk_not_with_the_sequence():
+    """A vocabulary of 152,000: all logits of 1024 tokens would be 0.6 GB in float32, for one copy; 64 rows are 0.04 GB.
+    Each in a process of its own, because a peak does not come down again."""
+    peak = {}
+    for length, chunk in ((256, 64), (1024, 64), (1024, 512)):
+        done = subprocess.run([sys.executable, "-c", PEAK, str(length), str(chunk)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peak[length, chunk] = float(done.stdout)
+    print("GB above what was there, by (tokens, chunk):", {key: round(value, 2) for key, value in peak.items()})
+    assert peak[1024, 64] < peak[256, 64] + 0.1 < 0.5
+    assert peak[1024, 512] > peak[1024, 64] + 3 * (512 - 64) * 152_000 * 4e-9
+
+
+def test_recomputing_layers_changes_no_gradient(qwen2):
+    folder, _ = qwen2(tie_word_embeddings=False)
+    gradients = []
+    for recompute in (False, True):
+        model = load(str(folder))[0]
+        model.recompute = recompute
+        calls = []
+        model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        logp, _ = score(model, *ragged_batch(), 1.0)
+        logp.sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+        assert len(calls) == 1 + recompute
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_chunks_add_up_the_heads_gradient_in_fp32_under_autocast(qwen2):
+    """Many chunks of one token: were their gradients added in bfloat16, most of them would be lost in the sum."""
+    model, _ = load(str(qwen2()[0]))
+    tokens = torch.randint(0, 112, (1, 2000), generator=torch.Generator().manual_seed(0))
+    tokens[0, 1:] = 5
+    found = []
+    for chunk in (2000, 1):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            score(model, tokens, torch.tensor([1]), torch.tensor([2000]), 1.0, chunk)[0].sum().backward()
+        found.append(model.embed_tokens.weight.grad.clone())
+    assert (found[1] - found[0]).norm() <= 0.01 * found[0].norm()

@@ -1,0 +1,105 @@
+"""What a model needs that outgrows a laptop: memory that is known beforehand, bfloat16 weights, several processes. Read
+after checkpoint.py.
+
+    plan             what weights, optimizer, cache and activations will take, before anything is allocated
+    MasterAdamW      AdamW for bfloat16 weights, with a float32 master of each
+    join, everyone   the processes of torchrun, and what each of them has
+
+Every process holds a whole model (nothing is sharded but the prompts), so more of them save time, not memory.
+Departs from the paper: it trains with a framework that shards the model over many cards.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model import Transformer, head_size
+
+
+def available(device: torch.device) -> float:
+    """Bytes that are free on the device; infinity where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    return int(info.read_text().partition("MemAvailable:")[2].split()[0]) * 1024 if info.exists() else float("inf")
+
+
+def plan(config: dict, s, length: int, rows: int, free: float) -> str:
+    """A table in GB for `rows` sequences of `length` tokens under train.py's settings `s`. ValueError with these numbers
+    and what may help if rollout or update needs more than `free` bytes. Activations are estimates from the tensors that
+    a layer keeps; the rest is counted."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in Transformer(config).parameters())
+    models, half, mixed = 1 + (s.algo == "ppo"), s.weights == "bfloat16", s.dtype != s.weights
+    width, d, layers = config["hidden_size"], head_size(config), config["num_hidden_layers"]
+    q, kv = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
+    layer = (2 if s.dtype == "bfloat16" else 4) * (6 * width + 3 * q + 2 * kv + 4 * config["intermediate_size"]) \
+        + width * (14 * mixed or 10 * half)     # bytes that a token leaves in a layer; norms keep float32 copies
+    kept = layer + 4 * width * layers if s.recompute else layer * layers
+    size = {"weights": models * count * (2 if half else 4), "gradients": models * count * (2 if half else 4),
+            "optimizer": models * count * (10 if half else 8),
+            "decode weights": count * 2 * (s.decode_dtype != s.weights),
+            "KV cache": rows * length * layers * 2 * kv * (2 if s.decode_dtype == "bfloat16" else 4),
+            "activations": max(s.micro_tokens, length) * kept + 5 * 4 * s.chunk * config["vocab_size"] + 2 * count * mixed}
+    update, rollout = sum(size.values()) - size["KV cache"], sum(size.values()) - size["activations"]
+    table = (f"memory in GB for {count / 1e9:.3g} billion weights: "
+             + ", ".join(f"{name} {value / 1e9:.3g}" for name, value in size.items() if value)
+             + f"; a rollout needs {rollout / 1e9:.3g}, an update {update / 1e9:.3g}")
+    if max(update, rollout) > free:
+        helps = [text for text, some in (
+            ("--slots", rollout > free), ("--micro-tokens or --chunk", update > free)) if some]
+        more = [text for text, some in (("--recompute", update > free and not s.recompute), (
+            "--weights bfloat16 --dtype bfloat16", not half), ("--algo grpo, which needs no critic", models > 1)) if some]
+        raise ValueError(f"{table}, but {free / 1e9:.3g} are free; what may help: less {' and '.join(helps)}"
+                         + "".join(f", {text}" for text in more) + ", a smaller model")
+    return table
+
+
+class MasterAdamW(torch.optim.Optimizer):
+    """AdamW for bfloat16 weights, in which an update of 1e-6 would be lost: it goes into a float32 master, of which the
+    weight is the rounded copy. The first moment is bfloat16; the second stays float32, because 1 - 0.999 is less than
+    what bfloat16 resolves. 14 bytes per weight with its gradient, instead of 16."""
+
+    def __init__(self, parameters, lr: float, weight_decay: float) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state |= {"step": torch.zeros(()), "master": p.to(torch.float32, copy=True),
+                              "exp_avg": torch.zeros_like(p, dtype=torch.bfloat16),
+                              "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32)}
+                state["step"] += 1
+                gradient, t = p.grad.float(), float(state["step"])
+                mean = state["exp_avg"].float().lerp_(gradient, 1 - 0.9)
+                square = state["exp_avg_sq"].mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
+                root = (square / (1 - 0.999 ** t)).sqrt_().add_(1e-8)
+                state["master"].mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(
+                    mean, root, value=-group["lr"] / (1 - 0.9 ** t))
+                state["exp_avg"].copy_(mean)
+                p.copy_(state["master"])
+
+
+def join(device: torch.device) -> tuple[int, int]:
+    """Joins the processes that torchrun started -> rank, how many; 0, 1 without torchrun."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def everyone(mine: Any) -> list:
+    """What each process passed, in the order of ranks. All of them must call it. Waits for the last."""
+    if not dist.is_initialized():
+        return [mine]
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
