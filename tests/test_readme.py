@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import evaluate
 import train
 from evaluate import parse_flags, report
+from model import load
 
 README = Path("README.md").read_text()
 
@@ -86,3 +88,37 @@ def test_fork_with_a_schedule_for_alpha(tmp_path, monkeypatch):
     module.train(module.Settings(out=str(tmp_path), steps=4, prompts=2, samples=2, minibatch=2, eval_problems=1,
                                  eval_samples=1, final_samples=1, slots=4, skip_zero=False, max_new_tokens=8))
     assert alphas == pytest.approx([0.3, 0.2, 0.1, 0.0])
+
+
+def test_the_line_in_trl(tmp_path):
+    """README's trainer against the formula: TRL's own loss of the shaped advantages, and nothing accumulates when TRL
+    takes the same batch again."""
+    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
+    scope = {}
+    exec(next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "GRPOTrainer" in code), scope)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained("base"), load("base")[1]
+    settings = trl.GRPOConfig(str(tmp_path), per_device_train_batch_size=4, num_generations=4, beta=0.0, loss_type="grpo",
+                              epsilon_high=0.28, bf16=False, use_cpu=True, report_to="none", temperature=1.0)
+    trainer = scope["EntropyAdvantageTrainer"](
+        model, lambda completion_ids, **_: [0.0] * len(completion_ids), settings,
+        datasets.Dataset.from_list([{"prompt": "7 7 1 8 -> 23 ?"}] * 4), processing_class=tokenizer)
+    trainer.current_gradient_accumulation_steps = 1
+    g = torch.Generator().manual_seed(0)
+    prompt, completion = torch.randint(2, 112, (4, 8), generator=g), torch.randint(2, 112, (4, 9), generator=g)
+    mask = (torch.arange(9) < torch.tensor([[9], [4], [1], [7]])).long()
+    plain = torch.tensor([1.5, -0.5, -0.5, 0.0])
+    tokens = torch.cat((prompt, completion), dim=1)
+    with torch.no_grad():
+        z = model(tokens).logits[:, 7:-1].log_softmax(-1)
+    logp, entropy = z.gather(2, completion[..., None])[..., 0], -(z.exp() * z).sum(-1)
+    old = logp + 0.3 * torch.randn(logp.shape, generator=g)
+    inputs = {"prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "completion_ids": completion,
+              "completion_mask": mask, "advantages": plain, "old_per_token_logps": old}
+    shaped = plain[:, None] + torch.minimum(0.4 * entropy, plain.abs()[:, None] / 2)
+    ratio = (logp - old).exp()
+    per_token = -torch.min(ratio * shaped, ratio.clamp(0.8, 1.28) * shaped) * mask
+    want = float((per_token.sum(1) / mask.sum(1)).mean())
+    losses = [float(trainer._compute_loss(model, inputs)) for _ in range(2)]
+    assert losses == pytest.approx([want, want], abs=1e-5) and torch.equal(inputs["advantages"], plain)
+    unshaped = -torch.min(ratio * plain[:, None], ratio.clamp(0.8, 1.28) * plain[:, None]) * mask
+    assert abs(want - float((unshaped.sum(1) / mask.sum(1)).mean())) > 1e-2
