@@ -45,7 +45,7 @@ def parse_flags(settings_class, description: str, arguments: Sequence[str] | Non
     parser = argparse.ArgumentParser(description=description.splitlines()[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for field in dataclasses.fields(settings_class):
-        options = dict(field.metadata)
+        options = {key: value for key, value in field.metadata.items() if key != "least"}
         name = field.name if options.get("nargs") else "--" + field.name.replace("_", "-")
         if not options.get("nargs"):
             options["default"] = field.default
@@ -57,6 +57,17 @@ def parse_flags(settings_class, description: str, arguments: Sequence[str] | Non
     if presets:
         parser.set_defaults(**presets.get(parser.parse_args(arguments).preset, {}))
     return settings_class(**vars(parser.parse_args(arguments)))
+
+
+def check_numbers(s) -> None:
+    """ValueError for a number that is not finite or too small: a count must be at least 1, another number at least 0,
+    if its flag names no `least`."""
+    for field in dataclasses.fields(s):
+        value = getattr(s, field.name)
+        least = field.metadata.get("least", int(type(value) is int))
+        if type(value) in (int, float) and not least <= value < math.inf:
+            wanted = f"at least {least}" if math.isfinite(value) else "a finite number"
+            raise ValueError(f"--{field.name.replace('_', '-')} must be {wanted}; it is {value}")
 
 
 def pick_device(name: str) -> torch.device:
@@ -142,13 +153,13 @@ def report(results: dict[str, dict], ks: Sequence[int]) -> tuple[str, dict]:
 class Settings:
     models: tuple = flag((), "model folders, run folders or hub ids; the first is what the others are compared with",
                          nargs="+", type=str)
-    task: str = flag("countdown", "countdown or math", choices=("countdown", "math"))
+    task: str = flag("countdown", "countdown or math")
     data: str = flag("", "math: the training data, whose splits are train and validation")
     test_data: str = flag("", "math: the test data")
     template: str = flag("dapo", "math: how a problem is put", choices=("dapo", "qwen-math", "chat", "none"))
     split: str = flag("validation", "problems to use; keep test for the day when the settings are frozen",
                       choices=("train", "validation", "test"))
-    problems: int = flag(200, "how many problems, from the start of the split (0: all)")
+    problems: int = flag(200, "how many problems, from the start of the split (0: all)", least=0)
     samples: int = flag(256, "samples per problem, the n of Pass@K")
     k: str = flag("", "the K of Pass@K, separated by commas; by default 1,4,16,64,256 as far as --samples goes")
     temperature: float = flag(1.0, "sampling temperature")
@@ -156,7 +167,7 @@ class Settings:
     preset: str = flag("", "paper: temperature 0.6 and top-p 0.95", choices=("", "paper"))
     max_new_tokens: int = flag(128, "longest response, in tokens")
     slots: int = flag(512, "sequences decoded at a time")
-    seed: int = flag(0, "seed of the samples")
+    seed: int = flag(0, "seed of the samples", least=0)
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
     json: str = flag("", "also write the table, with the counts of every problem, to this file")
 
@@ -171,8 +182,7 @@ def evaluate(s: Settings) -> dict:
         raise ValueError(f"--k must be whole numbers separated by commas, not {s.k!r}") from None
     if s.samples < 1 or ks[0] < 1 or ks[-1] > s.samples:
         raise ValueError(f"Pass@K needs 1 <= K <= samples: --k {s.k or ks[0]} does not fit --samples {s.samples}")
-    if min(s.problems, s.seed) < 0 or min(s.slots, s.max_new_tokens) < 1:
-        raise ValueError("--problems and --seed must be at least 0, --slots and --max-new-tokens at least 1")
+    check_numbers(s)
     for name in s.models:
         find_folder(name)                       # before the first is sampled
     if not Path(s.json).absolute().parent.is_dir():

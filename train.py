@@ -31,7 +31,7 @@ from tqdm import tqdm
 from advantage import gae, group_advantage, policy_loss, shape_with_entropy, value_loss, whiten
 from checkpoint import (append, explained, load_state, open_run, peak_memory, read_lines, resumed, save_run, step_times,
                         stop, summary, write_text)
-from evaluate import count_solved, flag, parse_flags, pick_device, report
+from evaluate import check_numbers, count_solved, flag, parse_flags, pick_device, report
 from model import Critic, Transformer, config_of, load, load_tokenizer, score
 from rollout import Episode, Sampler, collate, draw, micro_batches, per_token, seeded_generator, texts
 from scale import MasterAdamW, available, everyone, join, plan
@@ -54,7 +54,7 @@ class Settings:
     algo: str = flag("grpo", "where advantages come from: the group (grpo) or a critic (ppo)", choices=("grpo", "ppo"))
     model: str = flag("base", "model to start from: a folder or a hub id")
     preset: str = flag("", "the paper's settings; flags beside it change single ones", choices=("", *PRESETS))
-    task: str = flag("countdown", "countdown or math", choices=("countdown", "math"))
+    task: str = flag("countdown", "countdown or math")
     data: str = flag("", "math: problems to train on, a jsonl, json or parquet file or a hub data set")
     test_data: str = flag("", "math: problems that are kept out of the training")
     template: str = flag("dapo", "math: how a problem is put", choices=("dapo", "qwen-math", "chat", "none"))
@@ -73,7 +73,7 @@ class Settings:
     clip_high: float = flag(0.28, "the ratio counts up to 1 + clip_high (clip-higher)")
     entropy_coef: float = flag(0.0, "weight of the mean entropy in the objective (classical entropy regularisation)")
     critic_lr: float = flag(1.6e-3, "ppo: AdamW's learning rate of the critic")
-    critic_warmup: int = flag(10, "ppo: first steps, in which only the critic learns")
+    critic_warmup: int = flag(10, "ppo: first steps, in which only the critic learns", least=0)
     gamma: float = flag(1.0, "ppo: discount per token")
     lam: float = flag(1.0, "ppo: lambda of generalised advantage estimation")
     value_clip: float = flag(0.5, "ppo: how far a value may move from the old one before its gradient is cut")
@@ -89,7 +89,7 @@ class Settings:
     eval_problems: int = flag(200, "validation problems")
     eval_samples: int = flag(8, "samples per problem in a validation on the way")
     final_samples: int = flag(64, "samples per problem before the first and after the last step")
-    seed: int = flag(0, "of data order and sampling")
+    seed: int = flag(0, "of data order and sampling", least=0)
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
     dtype: str = flag("float32", "of sampling and scoring", choices=("float32", "bfloat16"))
     weights: str = flag("float32", "of the weights that are trained; bfloat16 (for 7B on one card) has a float32 master in "
@@ -105,27 +105,18 @@ class Settings:
 
 def check(s: Settings) -> None:
     """ValueError, in one sentence, for settings that make no sense."""
+    check_numbers(s)
     for name, good, wanted in (
-            ("alpha", s.alpha >= 0, "at least 0"), ("kappa", s.kappa > 1, "greater than 1, or shaping could flip a sign"),
-            ("samples", s.samples >= (2 if s.algo == "grpo" else 1),
-             "at least 2: a group of one has no baseline to compare with"),
+            ("kappa", s.kappa > 1, "greater than 1, or shaping could flip a sign"),
+            ("samples", s.samples > 1 or s.algo == "ppo", "at least 2: a group of one has no baseline to compare with"),
             ("critic_warmup", s.algo == "grpo" or s.critic_warmup < s.steps, "less than --steps, or the policy never moves"),
-            ("minibatch", s.minibatch >= 1 and s.prompts % s.minibatch == 0, f"a divisor of --prompts, {s.prompts}"),
-            ("weights", s.weights in ("float32", s.dtype), "float32, or bfloat16 with --dtype bfloat16"),
-            ("clip_low", 0 <= s.clip_low < 1, "in [0, 1)"), ("clip_high", s.clip_high >= 0, "at least 0"),
-            ("gamma", 0 <= s.gamma <= 1, "in [0, 1]"), ("lam", 0 <= s.lam <= 1, "in [0, 1]"),
-            *((name, getattr(s, name) >= 0, "at least 0")
-              for name in ("entropy_coef", "critic_lr", "critic_warmup", "value_clip")),
-            ("lr", s.lr >= 0, "at least 0"), ("weight_decay", s.weight_decay >= 0, "at least 0"),
-            ("temperature", 1e-3 <= s.temperature <= 1e3, "from 0.001 to 1000"), ("grad_clip", s.grad_clip > 0, "positive"),
-            *((name, getattr(s, name) >= 1, "at least 1") for name in (
-                "prompts", "max_prompt_tokens", "max_new_tokens", "slots", "micro_tokens", "chunk", "eval_every", "eval_problems",
-                "eval_samples", "final_samples", "steps")), ("seed", s.seed >= 0, "at least 0")):
-        value = getattr(s, name)
-        finite = isinstance(value, str) or math.isfinite(value)
-        if not good or not finite:
-            wanted = wanted if finite else "a finite number"
-            raise ValueError(f"--{name.replace('_', '-')} must be {wanted}; it is {value}")
+            ("minibatch", s.prompts % s.minibatch == 0, f"a divisor of --prompts, {s.prompts}"),
+            ("clip_low", s.clip_low < 1, "less than 1"), ("grad_clip", s.grad_clip > 0, "positive"),
+            ("gamma", s.gamma <= 1, "at most 1"), ("lam", s.lam <= 1, "at most 1"),
+            ("temperature", 1e-3 <= s.temperature <= 1e3, "from 0.001 to 1000"),
+            ("weights", s.weights in ("float32", s.dtype), "float32, or bfloat16 with --dtype bfloat16")):
+        if not good:
+            raise ValueError(f"--{name.replace('_', '-')} must be {wanted}; it is {getattr(s, name)}")
 
 
 def run_name(s: Settings) -> str:
@@ -270,9 +261,9 @@ def train(s: Settings) -> Path | None:
             open_run(s, run.name)
         everyone(None)                                              # nobody looks before the folder is there
         done = load_state(run, parts)
-        log = read_lines(run / "log.jsonl", done, range(1, done + 1)) if rank == 0 else []
-        validated = read_lines(run / "validation.jsonl", done, range(0, done, s.eval_every)) if rank == 0 else []
-        log, validated = everyone((log, validated))[0]
+        log, validated = everyone(rank == 0 and (
+            read_lines(run / "log.jsonl", done, range(1, done + 1)),
+            read_lines(run / "validation.jsonl", done, range(0, done, s.eval_every))))[0]
         sampler.sync()
         stop.run, stop.saved = run, done
     if rank == 0:
@@ -335,18 +326,16 @@ def train(s: Settings) -> Path | None:
                  "timeouts": sum(everyone(task.timeouts))}
         task.timeouts = 0
         log.append(line)
-        if s.dry_run and rank == 0:
+        if s.dry_run:
             print(f"{len(episodes)} sequences of {sampler.max_length} tokens, peak memory {line['peak_memory_gb']:.2f} GB; "
                   + step_times(log))
-        if s.dry_run:
             return None
         asked = any(everyone(stop.asked))       # read once: a signal from here on is for the next step
-        keep = step % s.eval_every == 0 or step == s.steps or asked
         if rank == 0:
             append(run / "log.jsonl", line)
-            if keep:
+            if step % s.eval_every == 0 or step == s.steps or asked:
                 save_run(run, step, parts, tokenizer)
-        stop.saved = step if keep else stop.saved
+                stop.saved = step
         if asked:
             raise KeyboardInterrupt
         validate(step)
