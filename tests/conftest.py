@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from task import countdown_tokenizer
+from lab.pretrain import countdown_tokenizer
 
 
 @pytest.fixture

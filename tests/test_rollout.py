@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import rollout
+from lab.pretrain import countdown_tokenizer
 from model import load
 from rollout import Episode, Sampler, sample, seeded_generator, texts, truncate
-from task import countdown_tokenizer
 
 
 def prompts_of(lengths, seed=0):
