@@ -106,18 +106,19 @@ class Countdown:
     Three solutions, because blind search almost never finds the only one."""
 
     def __init__(self, count: int = 4, solutions: int = 3) -> None:
-        self.train: list[Problem] = []
-        self.validation: list[Problem] = []
-        self.test: list[Problem] = []
         found = []                                      # all of it takes a third of a second
         for numbers in itertools.combinations_with_replacement(range(1, 10), count):
             ways = chains(numbers)
             for target in (t for t in range(10, LARGEST + 1) if ways[t] >= solutions):
                 found.append((hashlib.sha256(f"{numbers} {target}".encode()).digest(), numbers, target))
+        train, validation, test = [], [], []
         for digest, numbers, target in sorted(found, key=lambda row: row[0][12:]):
-            split = {0: self.validation, 1: self.test}.get(int.from_bytes(digest[:4], "big") % 20, self.train)
+            split = {0: validation, 1: test}.get(int.from_bytes(digest[:4], "big") % 20, train)
             order = sorted(range(count), key=lambda i: digest[4 + i])
             split.append(Problem(f"{' '.join(str(numbers[i]) for i in order)} -> {target} ?", str(target)))
+        self.train: list[Problem] = train
+        self.validation: list[Problem] = validation
+        self.test: list[Problem] = test
 
     def encode(self, problem: Problem, tokenizer) -> list[int]:
         """Token ids of the prompt. The template is the prompt itself; this tokenizer has no BOS."""
