@@ -20,6 +20,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -31,7 +32,7 @@ from advantage import gae, group_advantage, policy_loss, shape_with_entropy, val
 from checkpoint import (append, explained, load_state, open_run, peak_memory, read_lines, resumed, save_run, step_times,
                         stop, summary, write_text)
 from evaluate import count_solved, flag, parse_flags, pick_device, report
-from model import Critic, Transformer, load, score
+from model import Critic, Transformer, load, save, score
 from rollout import Episode, Sampler, collate, draw, micro_batches, per_token, seeded_generator, texts
 from task import load_task
 
@@ -297,7 +298,7 @@ def train(s: Settings) -> Path | None:
         append(run / "log.jsonl", line)
         asked = stop.asked                      # read once: a signal from here on is for the next step
         if step % s.eval_every == 0 or step == s.steps or asked:
-            save_run(run, step, parts, tokenizer)
+            save_run(run, step, parts, partial(save, model, tokenizer))
             stop.saved = step
         if asked:
             raise KeyboardInterrupt
