@@ -21,19 +21,18 @@ import shutil
 import statistics
 import sys
 from collections import Counter
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Callable, Iterator
 
 import torch
 from torch import Tensor
-
-from model import read_json, save
-from rollout import Episode
 
 
 def open_run(s, name: str) -> Path:
     """Makes the folder `name` in s.out, with the settings in config.json. FileExistsError if there is one; --overwrite
     replaces it only if it is a run, and not the one that the model comes from."""
-    if name in (".", "..") or name != Path(name).name:
+    if name == ".." or name != Path(name).name:
         raise ValueError(f"--name must be the name of a folder in --out, not a path; it is {name!r}")
     run, fresh = Path(s.out, name), Path(s.out, name + ".tmp")
     if run.exists():
@@ -42,14 +41,13 @@ def open_run(s, name: str) -> Path:
                                   "or --overwrite to replace it")
         if not (run / "config.json").exists() or "alpha" not in read_json(run / "config.json"):
             raise FileExistsError(f"{run} is not a run folder, so --overwrite leaves it alone; give another --name")
-        if run.resolve() in (Path(s.model).resolve(), *Path(s.model).resolve().parents):
+        if Path(s.model).resolve().is_relative_to(run.resolve()):
             raise ValueError(f"--overwrite would delete {s.model}, which this run starts from; give another --name")
         shutil.rmtree(run)
     fresh.mkdir(parents=True, exist_ok=True)
     write_text(fresh / "config.json", json.dumps(dataclasses.asdict(s), indent=2) + "\n")
     os.rename(fresh, run)                                   # so a run folder never lacks its settings
-    print(f"{run}: " + ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(s).items()
-                                 if value not in ("", None)))
+    print(f"{run}: " + ", ".join(f"{key} {value}" for key, value in vars(s).items() if value not in ("", None)))
     return run
 
 
@@ -72,14 +70,43 @@ def resumed(folder: str, arguments: list[str], settings_class):
     return settings_class(**config | {"resume": folder})
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """`with whole(path) as fresh`: what is written to fresh, a file or a folder, takes the place of `path` by a rename
+    when it is on the disk. Whatever happens, the earlier one is there until then; a folder, if killed between its two
+    renames, as NAME.old. OSError if it cannot be written."""
+    beside, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    shutil.rmtree(beside, ignore_errors=True)               # what a kill left behind
+    try:
+        beside.mkdir(parents=True)                          # a folder: safetensors makes a file of its own name in it
+        yield beside / path.name
+        for file in (f for f in beside.rglob("*") if f.is_file()):
+            with open(file, "rb") as written:
+                os.fsync(written)
+        if path.is_dir():                                   # which a rename cannot replace
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(path, old)
+        os.replace(beside / path.name, path)
+        shutil.rmtree(old, ignore_errors=True)
+    except Exception as error:                              # full disk: safetensors and tokenizers raise no OSError
+        raise OSError(f"{path} could not be written ({error})") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
 def write_text(file: Path, text: str) -> None:
-    """Beside its final place, flushed to the disk, and renamed."""
-    fresh = file.with_name(file.name + ".tmp")
-    with open(fresh, "w") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(fresh, file)
+    with whole(file) as fresh:
+        fresh.write_text(text)
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return content
 
 
 def append(file: Path, record: dict) -> None:
@@ -96,14 +123,11 @@ def append(file: Path, record: dict) -> None:
 def read_lines(file: Path, done: int, wanted: range) -> list[dict]:
     """The lines of steps 0..done, which alone are left in the file: a later one, whole or torn, will be made again.
     ValueError, and the file stays as it is, if one of the `wanted` steps is not there."""
-    text = file.read_text() if file.exists() else ""
-    records = []
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        records += [record] if record["step"] <= done else []
+    text, records = file.read_text() if file.exists() else "", []
+    with suppress(json.JSONDecodeError):                    # a torn line ends it
+        for line in text.splitlines():
+            records.append(json.loads(line))
+    records = [record for record in records if record["step"] <= done]
     if missing := sorted(set(wanted) - {record["step"] for record in records}):
         raise ValueError(f"{file} is damaged: the saved state is of step {done}, the line of step {missing[0]} is missing")
     kept = "".join(json.dumps(record) + "\n" for record in records)
@@ -112,41 +136,32 @@ def read_lines(file: Path, done: int, wanted: range) -> list[dict]:
     return records
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A safetensors file, written in a folder beside `path`, flushed to the disk and then renamed: whatever happens,
-    what was there before stays until the new one is whole. OSError if it cannot be written."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    beside = path.with_name(path.name + ".tmp")             # a folder: safetensors makes a file of its own name in it
-    shutil.rmtree(beside, ignore_errors=True)               # what a kill left behind
-    beside.mkdir()
-    try:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, beside / path.name, metadata=metadata)
-        with open(beside / path.name, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside / path.name, path)
-    except SafetensorError as error:                        # also where the disk is full: no OSError
-        raise OSError(f"{path} could not be written ({error})") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def save_run(run: Path, step: int, parts: dict[str, tuple], tokenizer) -> None:
-    """model/, then the state: all that a resumed run needs besides config.json. Data order and random numbers follow
-    from (seed, step). parts: name -> (module, its optimizer). FloatingPointError, and nothing is written, if a number
-    is not finite."""
+def state_of(parts: dict[str, tuple]) -> dict[str, Tensor]:
+    """All that a state holds, by name: the tensors themselves, not copies. parts: name -> (module, its AdamW), whose
+    moments start here as AdamW starts them, if it has not made a step."""
     tensors = {}
     for part, (module, optimizer) in parts.items():
         for name, parameter in module.named_parameters():
-            tensors[f"{part}/{name}/weight"] = parameter.detach()
-            tensors |= {f"{part}/{name}/{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
+            moments = optimizer.state[parameter]
+            if not moments:
+                moments |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter),
+                            "exp_avg_sq": torch.zeros_like(parameter)}
+            tensors |= {f"{part}/{name}/{key}": x.detach() for key, x in {"weight": parameter, **moments}.items()}
+    return tensors
+
+
+def save_run(run: Path, step: int, parts: dict[str, tuple], save_model: Callable[[Path], None]) -> None:
+    """model/, by save_model, then the state: all that a resumed run needs besides config.json, since data order and
+    random numbers follow from (seed, step). FloatingPointError, and nothing is written, if a number is not finite."""
+    from safetensors.torch import save_file
+
+    tensors = state_of(parts)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise FloatingPointError(f"{name} holds NaN or infinity")
-    save(parts["policy"][0], tokenizer, run / "model")
-    write_tensors(tensors, run / "state.safetensors", {"step": str(step)})
+    save_model(run / "model")
+    with whole(run / "state.safetensors") as fresh:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, fresh, {"step": str(step)})
 
 
 def load_state(run: Path, parts: dict[str, tuple]) -> int:
@@ -159,45 +174,37 @@ def load_state(run: Path, parts: dict[str, tuple]) -> int:
         return 0
     try:
         with safe_open(file, "pt") as saved:
-            step, keys = int(saved.metadata()["step"]), set(saved.keys())
-            for part, (module, optimizer) in parts.items():
-                for name, parameter in module.named_parameters():
-                    prefix = f"{part}/{name}/"
-                    kept = {key.removeprefix(prefix): saved.get_tensor(key) for key in keys if key.startswith(prefix)}
-                    keys -= {prefix + key for key in kept}
-                    if not all(tensor.isfinite().all() for tensor in kept.values()):
-                        raise ValueError(f"{prefix[:-1]} holds NaN or infinity")
-                    if any(t.shape != parameter.shape for key, t in kept.items() if key != "step"):
-                        raise ValueError(f"{prefix[:-1]} has another shape")
-                    parameter.data.copy_(kept.pop("weight"))
-                    if kept:
-                        optimizer.state[parameter] = {"step": kept["step"]} | {
-                            key: kept[key].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
-            if keys:
-                raise ValueError(f"{min(keys)} belongs to another model or algorithm")
+            step, tensors = int(saved.metadata()["step"]), state_of(parts)
+            if other := set(saved.keys()) - set(tensors):
+                raise ValueError(f"{min(other)} belongs to another model or algorithm")
+            for name, tensor in tensors.items():
+                kept = saved.get_tensor(name)
+                if kept.shape != tensor.shape:
+                    raise ValueError(f"{name} has another shape")
+                if not kept.isfinite().all():
+                    raise ValueError(f"{name} holds NaN or infinity")
+                tensor.copy_(kept)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is not a whole state of this run ({type(error).__name__}: {error})") from None
     return step
 
 
-def summary(step: int, episodes: list[Episode], reward: Tensor, updates: list[Counter], samples: int) -> dict:
-    """The log line of a step. The entropy and length are of all sampled tokens; the clip fractions, KL and
-    shaping of the scored ones, which are those of mixed groups if skip_zero. The gap between sampler and
-    scorer is read in the first update, where both still have the same weights. None is what was not measured:
-    nothing was scored, or only the critic learned."""
-    tokens, total = sum(len(e.response) for e in episodes), Counter()
-    for sums in updates:
-        total.update(sums)                      # not sum(): adding Counters drops what is not positive
-    first = updates[0] if updates else Counter()
-    mean = lambda sums, name: sums[name] / sums["tokens"] if sums["tokens"] else None
-    per_update = lambda name: total[name] / len(updates) if updates else None
+def summary(step: int, episodes: list, reward: Tensor, updates: list[Counter], samples: int) -> dict:
+    """The log line of a step. Entropy and length are of all sampled tokens (episodes: rollout.Episode); clip fractions,
+    KL and shaping of the scored ones, which are those of mixed groups if skip_zero. The gap between sampler and scorer
+    is read in the first update, where both still have the same weights. None is what was not measured: nothing was
+    scored, or only the critic learned."""
+    tokens, first = sum(len(e.response) for e in episodes), updates[:1]
+    total = lambda some, name: sum(sums[name] for sums in some)
+    per_token = lambda some, name: total(some, name) / total(some, "tokens") if total(some, "tokens") else None
+    per_update = lambda name: total(updates, name) / len(updates) if updates else None
     return {"step": step, "reward": float(reward.mean()), "length": tokens / len(episodes),
             "finished": sum(e.finished for e in episodes) / len(episodes),
             "entropy": float(torch.cat([e.entropy for e in episodes]).mean()),
             "equal_groups": float((reward.view(-1, samples) == reward[::samples, None]).all(1).float().mean()),
-            "shaping": mean(total, "shaping"), "clip_low": mean(total, "clipped_low"),
-            "clip_high": mean(total, "clipped_high"), "kl": mean(total, "kl"), "loss": per_update("loss"),
-            "gap_mean": mean(first, "gap"), "gap_max": first["gap_max"] if first["tokens"] else None,
+            "shaping": per_token(updates, "shaping"), "clip_low": per_token(updates, "clipped_low"),
+            "clip_high": per_token(updates, "clipped_high"), "kl": per_token(updates, "kl"), "loss": per_update("loss"),
+            "gap_mean": per_token(first, "gap"), "gap_max": total(first, "gap_max") if total(first, "tokens") else None,
             "grad_norm": per_update("grad_norm"), "tokens": tokens}
 
 
@@ -212,20 +219,19 @@ def explained(updates: list[Counter], value: Tensor, ret: Tensor) -> dict:
 def step_times(log: list[dict]) -> str:
     """Where the time of a step goes, as medians of the log. Scoring is a part of the update; on a GPU its share is
     not exact, since the host does not wait for the card there."""
-    median = {part: statistics.median(line[f"{part}_s"] for line in log)
-              for part in ("rollout", "reward", "update", "score")}
-    return (f"median seconds of a step: rollout {median['rollout']:.2f}, reward {median['reward']:.2f}, "
-            f"update {median['update']:.2f} (of it {median['score']:.2f} scoring, forward)")
+    rollout, reward, update, score = (statistics.median(line[part] for line in log)
+                                      for part in ("rollout_s", "reward_s", "update_s", "score_s"))
+    return (f"median seconds of a step: rollout {rollout:.2f}, reward {reward:.2f}, update {update:.2f} "
+            f"(of it {score:.2f} scoring, forward)")
 
 
 def peak_memory(device: torch.device) -> float:
     """GB: of the card's allocations on a GPU, else of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    status = Path("/proc/self/status")
-    peak = status.read_text().partition("VmHWM:")[2].split() if status.exists() else []
-    if peak:                                    # better than getrusage, where a child inherits its parent's peak
-        return int(peak[0]) * 1024 / 1e9
+    status = Path("/proc/self/status")          # better than getrusage, where a child inherits its parent's peak
+    if status.exists() and (peak := status.read_text().partition("VmHWM:")[2]):
+        return int(peak.split()[0]) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 

@@ -19,14 +19,14 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import shutil
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from checkpoint import read_json, whole
 
 SUPPORTED = ("qwen2", "qwen3", "llama")
 
@@ -274,37 +274,34 @@ def response_mask(prompt_len: Tensor, total_len: Tensor, length: int) -> Tensor:
 
 def load(path_or_hub_id: str, device: str | torch.device = "cpu",
          dtype: torch.dtype = torch.float32) -> tuple[Transformer, object]:
-    """A Hugging Face folder (or hub id, "owner/name") -> (Transformer, tokenizer). Weights are read from
-    safetensors, one file at a time. FileNotFoundError or ValueError say in one sentence what is wrong."""
-    from safetensors.torch import load_file
-    from transformers import PreTrainedTokenizerFast
+    """A Hugging Face folder (or hub id, "owner/name") -> (Transformer, tokenizer). Weights are read from safetensors,
+    one after the other into their places, so that they are in memory once. FileNotFoundError or ValueError say in one
+    sentence what is wrong."""
+    from safetensors import SafetensorError, safe_open
 
-    folder = find_folder(path_or_hub_id)
-    config = read_json(folder / "config.json")
-    if "model_type" not in config:
-        raise ValueError(f"{folder}/config.json names no model type; a run's folder holds a model once a step saved one")
-    model = Transformer(config).to(device, dtype)
-    wanted = dict(model.state_dict())
+    folder, config = find_folder(path_or_hub_id), config_of(path_or_hub_id)
+    with torch.device("meta"):                                      # shapes only; what is not read below is an error
+        model = Transformer(config)
+    wanted = dict(model.to(dtype).to_empty(device=device).state_dict())
     for file in sorted(folder.glob("*.safetensors")):
         try:
-            tensors = load_file(file)
-        except Exception as error:                                  # safetensors has its own exception type
+            with safe_open(file, "pt") as saved:
+                for name in saved.keys():
+                    new, place = saved.get_tensor(name), wanted.pop(name.removeprefix("model."), None)
+                    if place is None:       # some tied checkpoints store the head too, old ones RoPE's frequencies
+                        if not name.endswith(("lm_head.weight", "rotary_emb.inv_freq")):
+                            raise ValueError(f"{file} has a tensor {name} that config.json does not call for")
+                    elif place.shape != new.shape:
+                        raise ValueError(f"{name} in {file} is {tuple(new.shape)}, config.json wants "
+                                         f"{tuple(place.shape)}")
+                    else:
+                        place.copy_(new)
+        except SafetensorError as error:
             raise ValueError(f"{file} is not a readable safetensors file ({error})") from None
-        for name, tensor in tensors.items():
-            target = wanted.pop(name.removeprefix("model."), None)
-            if target is None:
-                if name != "lm_head.weight":                        # some tied checkpoints store it twice
-                    raise ValueError(f"{file} has a tensor {name} that config.json does not call for")
-            elif target.shape != tensor.shape:
-                raise ValueError(f"{name} in {file} is {tuple(tensor.shape)}, config.json wants {tuple(target.shape)}")
-            else:
-                target.copy_(tensor)
     if wanted:
-        raise ValueError(f"{folder} lacks {len(wanted)} tensors, {next(iter(wanted))} among them")
-    if not (folder / "tokenizer.json").exists():
-        raise FileNotFoundError(f"{folder} has no tokenizer.json")
-    # Not AutoTokenizer: for model_type qwen2 it installs Qwen2's byte-level rules whatever tokenizer.json says.
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        raise ValueError(f"{folder} lacks {len(wanted)} tensors, {next(iter(wanted))} among them; only safetensors "
+                         "files are read")
+    tokenizer = load_tokenizer(path_or_hub_id)
     generation = folder / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.exists() else None
     eos = next((e for e in (eos, config.get("eos_token_id"), tokenizer.eos_token_id) if e is not None), None)
@@ -315,11 +312,19 @@ def load(path_or_hub_id: str, device: str | torch.device = "cpu",
 
 
 def config_of(path_or_hub_id: str) -> dict:
-    return read_json(find_folder(path_or_hub_id) / "config.json")
+    config = read_json(file := find_folder(path_or_hub_id) / "config.json")
+    if "model_type" not in config:
+        raise ValueError(f"{file} names no model type; a run's folder holds a model once a step saved one")
+    check_supported(config)
+    return config
 
 
 def load_tokenizer(path_or_hub_id: str):
     from transformers import PreTrainedTokenizerFast
+
+    if not (find_folder(path_or_hub_id) / "tokenizer.json").exists():
+        raise FileNotFoundError(f"{find_folder(path_or_hub_id)} has no tokenizer.json")
+    # Not AutoTokenizer: for model_type qwen2 it installs Qwen2's byte-level rules whatever tokenizer.json says.
     return PreTrainedTokenizerFast.from_pretrained(find_folder(path_or_hub_id))
 
 
@@ -341,44 +346,19 @@ def find_folder(path_or_hub_id: str) -> Path:
                                 f"model of that name ({type(error).__name__})") from None
 
 
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return content
-
-
 def save(model: Transformer, tokenizer, directory: str | Path) -> None:
-    """Writes what transformers' from_pretrained loads, with the weights in the type they have here. The folder is
-    written beside its final place and renamed when it is whole: after a full disk or a kill the earlier one is
-    there, at worst (killed between the two renames) as NAME.old. OSError if it cannot be written."""
+    """Writes what transformers' from_pretrained loads, with the weights in the type they have here, wholly or not at
+    all (checkpoint.whole). OSError if it cannot be written."""
     from safetensors.torch import save_file
 
-    directory = Path(directory)
-    fresh, old = directory.with_name(directory.name + ".tmp"), directory.with_name(directory.name + ".old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
-        fresh.mkdir(parents=True)
-        weights = {name if name.startswith("lm_head") else "model." + name: tensor.detach().cpu().contiguous()
-                   for name, tensor in model.state_dict().items()}
+    weights = {name if name.startswith("lm_head") else "model." + name: tensor.detach().cpu().contiguous()
+               for name, tensor in model.state_dict().items()}
+    dtype = str(model.head.dtype).removeprefix("torch.")
+    config = {key: value for key, value in model.config.items() if key != "torch_dtype"} | {"dtype": dtype}
+    eos = model.eos_ids[0] if len(model.eos_ids) == 1 else list(model.eos_ids)
+    with whole(Path(directory)) as fresh:
+        fresh.mkdir()
         save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
-        dtype = str(model.head.dtype).removeprefix("torch.")
-        config = {key: value for key, value in model.config.items() if key != "torch_dtype"} | {"dtype": dtype}
-        (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        eos = model.eos_ids[0] if len(model.eos_ids) == 1 else list(model.eos_ids)
-        (fresh / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}, indent=2) + "\n")
+        for name, content in (("config.json", config), ("generation_config.json", {"eos_token_id": eos})):
+            (fresh / name).write_text(json.dumps(content, indent=2) + "\n")
         tokenizer.save_pretrained(fresh)
-        for file in fresh.iterdir():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-    except Exception as error:                              # on a full disk tokenizers raises a bare Exception
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise OSError(f"{directory} could not be written ({error})") from None
-    if directory.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(directory, old)
-    os.rename(fresh, directory)
-    shutil.rmtree(old, ignore_errors=True)

@@ -68,16 +68,16 @@ class MasterAdamW(torch.optim.Optimizer):
 
     def __init__(self, parameters, lr: float, weight_decay: float) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p] = {"step": torch.zeros(()), "master": p.detach().to(torch.float32, copy=True),
+                             "exp_avg": torch.zeros_like(p, dtype=torch.bfloat16),
+                             "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32)}
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
-                if not state:
-                    state |= {"step": torch.zeros(()), "master": p.to(torch.float32, copy=True),
-                              "exp_avg": torch.zeros_like(p, dtype=torch.bfloat16),
-                              "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32)}
                 state["step"] += 1
                 gradient, t = p.grad.float(), float(state["step"])
                 mean = state["exp_avg"].float().lerp_(gradient, 1 - 0.9)

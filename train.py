@@ -21,6 +21,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -32,7 +33,7 @@ from advantage import gae, group_advantage, policy_loss, shape_with_entropy, val
 from checkpoint import (append, explained, load_state, open_run, peak_memory, read_lines, resumed, save_run, step_times,
                         stop, summary, write_text)
 from evaluate import check_numbers, count_solved, flag, parse_flags, pick_device, report
-from model import Critic, Transformer, config_of, load, load_tokenizer, score
+from model import Critic, Transformer, config_of, load, load_tokenizer, save, score
 from rollout import Episode, Sampler, collate, draw, micro_batches, per_token, seeded_generator, texts
 from scale import MasterAdamW, available, everyone, join, plan
 from task import load_task
@@ -234,7 +235,7 @@ def train(s: Settings) -> Path | None:
     rank, world = join(device)
     if s.minibatch % world:
         raise ValueError(f"--minibatch {s.minibatch} does not divide among {world} processes")
-    tokenizer, both = load_tokenizer(s.model), (task.train, task.validation[:s.eval_problems])
+    config, tokenizer, both = config_of(s.model), load_tokenizer(s.model), (task.train, task.validation[:s.eval_problems])
     problems, validation = ([p for p in part if len(task.encode(p, tokenizer)) <= s.max_prompt_tokens] for part in both)
     left_out = sum(map(len, both)) - len(problems) - len(validation)
     if not problems or not validation:
@@ -242,7 +243,7 @@ def train(s: Settings) -> Path | None:
     longest = max([*problems, *validation], key=lambda p: len(task.encode(p, tokenizer)))
     length = len(task.encode(longest, tokenizer)) + s.max_new_tokens
     rows = min(s.slots, max(s.prompts * s.samples, len(validation) * max(s.eval_samples, s.final_samples)))
-    planned = plan(config_of(s.model), s, length, rows, available(device))
+    planned = plan(config, s, length, rows, available(device))
     model = load(s.model, device, getattr(torch, s.weights))[0]
     model.recompute = s.recompute
     parts = {"policy": (model, adamw(model, s.lr, s))}
@@ -334,7 +335,7 @@ def train(s: Settings) -> Path | None:
         if rank == 0:
             append(run / "log.jsonl", line)
             if step % s.eval_every == 0 or step == s.steps or asked:
-                save_run(run, step, parts, tokenizer)
+                save_run(run, step, parts, partial(save, model, tokenizer))
                 stop.saved = step
         if asked:
             raise KeyboardInterrupt

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoint import read_json
 from evaluate import bootstrap, flag, parse_flags, pass_table
-from model import read_json
 from train import Settings as TrainSettings
 
 PANELS = (("reward", "mean reward, -1 to 1"), ("validation", "validation Pass@1"), ("length", "response length, tokens"),

@@ -11,8 +11,9 @@ import torch
 
 import evaluate as module
 from evaluate import Settings, bootstrap, count_solved, evaluate, pass_at_k, pass_table, report
+from lab.pretrain import countdown_tokenizer
 from rollout import Episode, Sampler, seeded_generator
-from task import Problem, countdown_tokenizer
+from task import Problem
 
 
 def test_pass_at_k_equals_enumeration_over_all_subsets():

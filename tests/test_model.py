@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from conftest import FAMILIES, LLAMA_31
@@ -71,6 +72,36 @@ def test_sharded_checkpoints_load_alike(qwen2, tmp_path):
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     one, many = load(str(folder))[0], load(str(tmp_path / "sharded"))[0]
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), many.state_dict().values(), strict=True))
+
+
+def test_tensors_that_some_checkpoints_hold_besides_are_left_out(qwen2):
+    """Tied checkpoints may store the head too, old ones the frequencies of RoPE."""
+    folder, reference = qwen2()
+    weights = load_file(folder / "model.safetensors")
+    besides = {"lm_head.weight": weights["model.embed_tokens.weight"].clone(),
+               "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    assert not set(besides) & set(weights)
+    save_file(weights | besides, folder / "model.safetensors")
+    model = load(str(folder))[0]
+    want = {name.removeprefix("model."): parameter for name, parameter in reference.named_parameters()}
+    assert all(torch.equal(parameter, want[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_load_makes_every_weight_once_in_the_asked_type(qwen2, monkeypatch, dtype):
+    """No weight is made before it is read: the only storage is the model's."""
+    folder, reference = qwen2(tie_word_embeddings=False)
+    made, to_empty = [], Transformer.to_empty
+
+    def watched(self, **options):
+        made.append({parameter.device.type for parameter in self.parameters()})
+        return to_empty(self, **options)
+    monkeypatch.setattr(Transformer, "to_empty", watched)
+    model, _ = load(str(folder), dtype=dtype)
+    assert made == [{"meta"}]
+    for name, parameter in reference.named_parameters():
+        mine = model.get_parameter(name.removeprefix("model."))
+        assert mine.dtype == dtype and mine.requires_grad and torch.equal(mine, parameter.to(dtype))
 
 
 def test_generation_config_decides_the_end_tokens(qwen2):
@@ -212,6 +243,9 @@ def test_what_is_refused(qwen2, tmp_path):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a readable safetensors file"):
+        load(str(folder))
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="lacks 26 tensors, embed.* among them; only safetensors files are read"):
         load(str(folder))
 
 

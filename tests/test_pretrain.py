@@ -8,9 +8,9 @@ import pytest
 
 from evaluate import Settings as EvaluateSettings
 from evaluate import evaluate
-from lab.pretrain import Settings, attempts, batches, fresh_model, pretrain, random_search
+from lab.pretrain import Settings, attempts, batches, countdown_tokenizer, fresh_model, pretrain, random_search
 from model import load
-from task import Countdown, Problem, countdown_tokenizer, numbers_of
+from task import Countdown, Problem, numbers_of
 
 TRAIN = Countdown(solutions=1).train
 PROBLEMS = np.array([numbers_of(p.prompt) for p in TRAIN]), np.array([int(p.answer) for p in TRAIN])

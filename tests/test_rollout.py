@@ -5,9 +5,9 @@ import torch
 
 import rollout
 from conftest import FAMILIES
+from lab.pretrain import countdown_tokenizer
 from model import load
 from rollout import Episode, Sampler, sample, seeded_generator, texts, truncate
-from task import countdown_tokenizer
 
 
 def prompts_of(lengths, seed=0):

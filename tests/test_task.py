@@ -5,7 +5,8 @@ import itertools
 import random
 from fractions import Fraction
 
-from task import Countdown, Problem, apply_operator, chains, countdown_solved, countdown_tokenizer, load_task
+from lab.pretrain import countdown_tokenizer
+from task import Countdown, Problem, apply_operator, chains, countdown_solved, load_task
 
 SOLUTION = "7 * 8 = 56 / 1 = 56 + 7 = 63 vs 23 wait 1 + 8 = 9 + 7 = 16 + 7 = 23 vs 23 so"
 

@@ -313,7 +313,8 @@ def test_compile_changes_only_the_rounding(tmp_path, monkeypatch):
 
 
 def test_train_never_touches_the_test_problems(tmp_path, monkeypatch):
-    monkeypatch.setattr(Countdown, "test", property(lambda self: pytest.fail("the test problems were read")))
+    read = property(lambda self: pytest.fail("the test problems were read"), lambda self, problems: None)
+    monkeypatch.setattr(Countdown, "test", read, raising=False)
     run(tmp_path, "a", steps=1)
 
 
@@ -402,7 +403,7 @@ def test_a_run_folder_that_cannot_be_made(monkeypatch, tmp_path):
     ("validation", "train.py", "train.py: countdown has 9247 training and 0 validation problems; both are needed"),
     ("test", "evaluate.py base --split test", "evaluate.py: countdown has no test problems")])
 def test_a_task_without_problems(monkeypatch, tmp_path, split, flags, message):
-    monkeypatch.setattr(Countdown, split, property(lambda self: []))
+    monkeypatch.setattr(Countdown, split, property(lambda self: [], lambda self, problems: None), raising=False)
     where = ["--out", str(tmp_path / "runs")] if flags == "train.py" else []
     assert command(monkeypatch, *flags.split(), *where) == message
     assert not (tmp_path / "runs").exists()
