@@ -4,10 +4,9 @@ Pass@K is the chance that at least one of K answers to a problem is right. From 
 right, its unbiased estimate is 1 - C(n-c, K) / C(n, K): the share of all K-subsets that contain a right one.
 Taking the first K samples has the same mean and far more noise; drawing K with replacement is biased.
 
-The intervals are 95 % bootstrap intervals over problems, so they say what other problems of the kind would
-give, not what another training seed would. Models are compared on the same problems, pair by pair; here also with
-the same random numbers, so that a model and its copy differ by exactly 0 (train.py's two evaluations have different
-ones, so that equal weights would differ by noise there).
+The intervals are 95 % bootstrap intervals over problems: what other problems of the kind would give, not what another
+training seed would. Models are compared on the same problems, pair by pair, and with the same random numbers, so that a
+model and its copy differ by exactly 0 (train.py's evaluations before and after have different ones).
 
 Departs from the paper: it samples at T = 0.6, top-p 0.95 (here `--preset paper`) and gives no intervals. The
 default here is T = 1 without truncation, the distribution that was trained.
@@ -20,6 +19,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,22 +46,21 @@ def parse_flags(settings_class, description: str, arguments: Sequence[str] | Non
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for field in dataclasses.fields(settings_class):
         options = {key: value for key, value in field.metadata.items() if key != "least"}
-        name = field.name if options.get("nargs") else "--" + field.name.replace("_", "-")
-        if not options.get("nargs"):
-            options["default"] = field.default
         if isinstance(field.default, bool):
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = options.get("type", type(field.default))
-        parser.add_argument(name, **options)
+            options.setdefault("type", type(field.default))
+        if options.get("nargs"):
+            parser.add_argument(field.name, **options)
+        else:
+            parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
     if presets:
         parser.set_defaults(**presets.get(parser.parse_args(arguments).preset, {}))
     return settings_class(**vars(parser.parse_args(arguments)))
 
 
 def check_numbers(s) -> None:
-    """ValueError for a number that is not finite or too small: a count must be at least 1, another number at least 0,
-    if its flag names no `least`."""
+    """ValueError for a number that is not finite or less than its flag's `least`: by default 1 if it is whole, else 0."""
     for field in dataclasses.fields(s):
         value = getattr(s, field.name)
         least = field.metadata.get("least", int(type(value) is int))
@@ -71,9 +70,9 @@ def check_numbers(s) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is the GPU if there is one. ValueError for a device this machine does not have."""
+    """"auto" is the GPU if there is one; each process of torchrun takes its own. ValueError for one that is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -85,8 +84,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """1 - C(n-c, k) / C(n, k), for c right answers among n samples. Exact at any n: both binomials are
-    integers, and only their quotient is rounded. ValueError unless 0 <= c <= n and 1 <= k <= n."""
+    """1 - C(n-c, k) / C(n, k), for c right answers among n samples. Exact at any n: only the quotient of two integers is
+    rounded. ValueError unless 0 <= c <= n and 1 <= k <= n."""
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"Pass@K needs 1 <= K <= n and 0 <= c <= n; got n = {n}, c = {c}, K = {k}")
     everything = math.comb(n, k)
@@ -100,8 +99,7 @@ def pass_table(counts: Sequence[int], n: int, ks: Sequence[int]) -> np.ndarray:
 
 
 def bootstrap(values: np.ndarray, resamples: int = 10_000) -> np.ndarray:
-    """95 % percentile interval of the mean over problems. [problems, columns] -> [2, columns]. The same
-    resamples every time, so a table recomputed from the same counts is the same table."""
+    """95 % percentile interval of the mean over problems, [problems, columns] -> [2, columns]; every time the same."""
     rng = np.random.default_rng(0)
     weights = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples) / len(values)
     return np.percentile(weights @ values, [2.5, 97.5], axis=0)
@@ -134,12 +132,12 @@ def report(results: dict[str, dict], ks: Sequence[int]) -> tuple[str, dict]:
     """Results of count_solved by model name -> (a table to print, the same as JSON). Each cell is Pass@K with
     its 95 % interval; the rows below compare each model with the first, paired by problem."""
     tables = {name: pass_table(r["solved"], r["samples"], ks) for name, r in results.items()}
-    first = next(iter(tables))
-    rows, width = [], max(12, *(len(f"{name} - {first}") for name in tables))
-    record: dict = {"k": list(ks), "models": {}}
-    for name, values in [*tables.items(), *((f"{n} - {first}", t - tables[first]) for n, t in tables.items() if n != first)]:
+    first, *others = tables
+    tables |= {f"{name} - {first}": tables[name] - tables[first] for name in others}
+    rows, width, record = [], max(12, *(len(f"{name} - {first}") for name in results)), {"k": list(ks), "models": {}}
+    for name, values in tables.items():
         mean, (low, high) = values.mean(axis=0), bootstrap(values)
-        sign = "+" if name not in tables else ""
+        sign = "+" if name not in results else ""
         rows.append(f"{name:{width}} " + " ".join(f"{m:{sign}.3f} [{l:{sign}.3f}, {h:{sign}.3f}]".rjust(24)
                                                   for m, l, h in zip(mean, low, high)))
         record["models"][name] = {"pass": mean.tolist(), "low": low.tolist(), "high": high.tolist(),
@@ -210,7 +208,7 @@ def evaluate(s: Settings) -> dict:
 if __name__ == "__main__":
     try:
         evaluate(parse_flags(Settings, __doc__))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"evaluate.py: {error}")
     except KeyboardInterrupt:
         sys.exit("evaluate.py: stopped; nothing was written")

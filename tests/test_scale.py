@@ -48,7 +48,7 @@ def test_what_cannot_fit_is_refused_with_numbers_and_advice():
     assert planned(QWEN_7B, CARD, weights="bfloat16", dtype="bfloat16")
     with pytest.raises(ValueError, match=r"optimizer 152.*but 149 are free; what may help: .*--algo grpo"):
         planned(QWEN_7B, CARD, weights="bfloat16", algo="ppo")
-    with pytest.raises(ValueError, match=r"a rollout needs 1\d\d.* may help: less --slots.*--weights bfloat16"):
+    with pytest.raises(ValueError, match=r"a rollout needs 1\d\d.* may help: fewer --slots.*--weights bfloat16"):
         planned(QWEN_7B, CARD)
     with pytest.raises(ValueError, match="--recompute"):
         planned(QWEN_1_5B, CARD / 2, recompute=False, micro_tokens=32768)
