@@ -2,9 +2,9 @@ r"""Real mathematics: data, templates, grading. Read after task.py, which has th
 
 The concept: a *verifiable reward*. The final answer stands in a fixed place and is compared with the known one. No text
 may hang the loop or stop it: one pass finds the answer, more than LONGEST characters are wrong unread, numbers and
-words are compared here, the rest by math-verify in a process of its own. 9^{9^{9^9}} hangs in C code, which no exception
-ends, so that process sets itself an alarm whose action is death. The answer is wrong and counted in `timeouts`; the next
-gets a new process. The paper does not say how it grades; here units, `%`, `x =` and the base of a numeral do not count.
+words are compared here, the rest by math-verify in a process of its own. 9^{9^{9^9}} hangs in C code, which no
+exception ends, so that process sets itself an alarm whose action is death. The answer is wrong, `timeouts` counts it,
+and a new process starts. The paper does not say how it grades; here units, `%`, `x =` and a numeral's base are ignored.
 """
 
 import functools
@@ -94,7 +94,7 @@ def load(data: str, split: str) -> tuple[dict[str, Problem], int]:
             rows = rows["data"] if isinstance(rows, dict) else rows
         elif data:
             from datasets import load_dataset
-            sets = load_dataset("parquet", data_files=data) if path.suffix == ".parquet" else load_dataset(*data.split(":"))
+            sets = load_dataset("parquet", data_files=data) if ".parquet" in data else load_dataset(*data.split(":"))
             rows = sets[split if split in sets or len(sets) > 1 else next(iter(sets))]
         for i, row in enumerate(rows, 1):
             where = f", {'line' if path.suffix == '.jsonl' else 'row'} {i}"
