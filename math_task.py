@@ -101,7 +101,7 @@ def load(data: str, split: str) -> tuple[dict[str, Problem], int]:
             row = json.loads(row) if isinstance(row, bytes) else row
             text = next((row[key] for key in ("problem", "question", "prompt") if row.get(key) is not None), "")
             if isinstance(text, list):          # a chat, as in DAPO-Math-17k, with the template around the problem
-                text = [message["content"] for message in text if message["role"] == "user"][-1]
+                text = next((message["content"] for message in reversed(text) if message["role"] == "user"), "")
             text = text.strip().removeprefix(head).removesuffix(tail).strip()
             golds = (row.get("reward_model") or {}).get("ground_truth"), row.get("answer"), row.get("solution")
             gold = next((g if isinstance(g, str) else str(Fraction(str(g))) for g in golds if g is not None), "")
@@ -111,7 +111,7 @@ def load(data: str, split: str) -> tuple[dict[str, Problem], int]:
                 raise ValueError(f"no {'answer' if text else 'question'}, or one of more than {LONGEST} characters")
             problems.setdefault(hashlib.sha256(" ".join(text.split()).encode()).hexdigest(), Problem(text, gold))
     except Exception as error:                  # libraries raise all kinds; a reader needs where and why
-        hint = "; pip install datasets" if isinstance(error, ImportError) else ""
+        hint = {ModuleNotFoundError: "; pip install datasets", AttributeError: "; malformed row"}.get(type(error), "")
         raise ValueError(f"{data}{where}: {str(error).partition(chr(10))[0]}{hint}") from None
     return problems, len(rows) - len(problems)
 

@@ -69,15 +69,16 @@ def test_real_questions_grade_right_against_themselves_and_wrong_against_others(
 
 
 EQUAL = [  # predicted, gold
-    ("18", "18"), ("18.0", "18"), ("27", "27.0"), ("25", "025"), ("-3", "−3"), ("+5", "5"), (".5", "0.50"), ("$5$.", "5"),
+    ("18", "18"), ("18.0", "18"), ("27", "27.0"), ("25", "025"), ("-3", "−3"), ("+5", "5"), (".5", "0.50"),
+    ("$5$.", "5"),
     ("1,000", "1000"), ("1{,}000", "1000"), ("1,\\!000", "1000"), ("10,\\!080", "10080"), ("1450000", "1,450,000"),
     ("\\$18.90", "18.9"), ("$5 dollars", "5"), ("32,348", "\\$32,\\!348"), ("25\\%", "25"), ("12.5%", "12.5"),
     ("\\boxed{34}", "34"), ("**34**", "34"), ("\\(34\\)", "34"), ("\\[34\\]", "34"), ("\\text{34}", "34"),
     ("6/8", "3/4"), ("0.75", "\\frac{3}{4}"), ("\\dfrac{3}{4}", "\\frac34"), ("\\tfrac{3}{4}", "0.75"),
     ("\\frac{9}{5}", "1\\frac{4}{5}"), ("275/2", "137 \\frac{1}{2}"), ("\\frac{-1}{2}", "-\\frac{1}{2}"),
     ("90", "90^\\circ"), ("90^{\\circ}", "90^\\circ"), ("90°", "90^\\circ"), ("90 degrees", "90^\\circ"),
-    ("5.4", "5.4 \\text{ cents}"), ("15\\text{ cm}^2", "15\\mbox{ cm}^2"), ("864", "864 \\mbox{ inches}^2"), ("5 cm", "5"),
-    ("18\\text{ eggs}", "18"), ("\\frac{270}{7}", "\\frac{270}7\\text{ degrees}"),
+    ("5.4", "5.4 \\text{ cents}"), ("15\\text{ cm}^2", "15\\mbox{ cm}^2"), ("864", "864 \\mbox{ inches}^2"),
+    ("5 cm", "5"), ("18\\text{ eggs}", "18"), ("\\frac{270}{7}", "\\frac{270}7\\text{ degrees}"),
     ("(3, 4]", "(3,4]"), ("x \\in (3,4]", "(3,4]"), ("[-2,7]", "x \\in [-2,7]"), ("(3,\\infty) \\cup (-\\infty,2)",
                                                                                 "(-\\infty, 2) \\cup (3, \\infty)"),
     ("-2,1", "1,-2"), ("1 \\text{ and } -2", "1,-2"), ("\\{2,1\\}", "\\{1,2\\}"), ("(6, 31, -1)", "(6,31,-1)"),
@@ -85,22 +86,26 @@ EQUAL = [  # predicted, gold
     ("5", "x=5"), ("x = 5", "5"), ("-q + p", "p - q"), ("5(3x - 16)", "15x - 80"), ("-5i+6", "6 - 5i"),
     ("\\sqrt{242}", "11\\sqrt2"), ("y=-2x", "y = -2x"), ("2^{10}", "1024"), ("\\frac{6\\pi}{12}", "\\frac{\\pi}{2}"),
     ("\\begin{bmatrix} -2 \\\\ -14 \\end{bmatrix}", "\\begin{pmatrix} -2 \\\\ -14 \\end{pmatrix}"),
-    ("Evelyn", "\\text{Evelyn}"), ("evelyn.", "\\text{Evelyn}"), ("\\mathrm{east}", "\\text{east}"), ("C", "\\text{(C)}"),
-    ("(C)", "\\text{(C)}"), ("\\textbf{(C)}", "\\text{(C)}"), ("52_{8}", "52_8"), ("52", "52_8"),
+    ("Evelyn", "\\text{Evelyn}"), ("evelyn.", "\\text{Evelyn}"), ("\\mathrm{east}", "\\text{east}"),
+    ("C", "\\text{(C)}"), ("(C)", "\\text{(C)}"), ("\\textbf{(C)}", "\\text{(C)}"), ("52_{8}", "52_8"), ("52", "52_8"),
 ]
 DIFFERENT = [
-    ("", "5"), ("$", "5"), ("19", "18"), ("-18", "18"), ("18.01", "18"), ("0.0000673", ".0000672"), ("1.000", "1000"), ("1e3", "1000"),
-    ("1_000", "1000"), ("٣", "3"), ("3, 500", "3500"), ("1,00", "100"), ("5x", "5"), ("5 million", "5"), ("17 or 18", "18"),
+    ("", "5"), ("$", "5"), ("19", "18"), ("-18", "18"), ("18.01", "18"), ("0.0000673", ".0000672"),
+    ("1.000", "1000"), ("1e3", "1000"), ("1_000", "1000"), ("٣", "3"), ("3, 500", "3500"), ("1,00", "100"),
+    ("5x", "5"), ("5 million", "5"), ("17 or 18", "18"),
     ("10000000000000000000001", "10000000000000000000000"), ("0.333333", "\\frac13"), ("0.0", "\\frac{1}{3000000}"),
-    ("4/3", "\\frac{3}{4}"), ("1/0", "3"), ("\\frac{1}{0}", "3"), ("\\frac{4}{5}", "1\\frac{4}{5}"), ("91", "90^\\circ"),
-    ("5.5\\text{ cents}", "5.4 \\text{ cents}"), ("(3,4)", "(3,4]"), ("[3,4]", "(3,4]"), ("(-2,7)", "x \\in [-2,7]"),
-    ("1,-2,3", "1,-2"), ("1", "1,-2"), ("(2,1)", "(1,2)"), ("1+\\sqrt{19}", "1 \\pm \\sqrt{19}"), ("x=6", "x=5"), ("y=5", "x=5"),
-    ("q - p", "p - q"), ("15x + 80", "15x - 80"), ("6+5i", "6 - 5i"), ("2^{10}", "1025"), ("\\sqrt{243}", "11\\sqrt2"),
+    ("4/3", "\\frac{3}{4}"), ("1/0", "3"), ("\\frac{1}{0}", "3"), ("\\frac{4}{5}", "1\\frac{4}{5}"),
+    ("91", "90^\\circ"), ("5.5\\text{ cents}", "5.4 \\text{ cents}"), ("(3,4)", "(3,4]"), ("[3,4]", "(3,4]"),
+    ("(-2,7)", "x \\in [-2,7]"),
+    ("1,-2,3", "1,-2"), ("1", "1,-2"), ("(2,1)", "(1,2)"), ("1+\\sqrt{19}", "1 \\pm \\sqrt{19}"), ("x=6", "x=5"),
+    ("y=5", "x=5"), ("q - p", "p - q"), ("15x + 80", "15x - 80"), ("6+5i", "6 - 5i"), ("2^{10}", "1025"),
+    ("\\sqrt{243}", "11\\sqrt2"),
     ("Navin", "\\text{Evelyn}"), ("seat", "east"), ("seat", "\\text{east}"), ("B", "\\text{(C)}"), ("42", "52_8"),
 ]
 
 
-@pytest.mark.parametrize("predicted, gold, verdict", [(*pair, True) for pair in EQUAL] + [(*pair, False) for pair in DIFFERENT])
+@pytest.mark.parametrize("predicted, gold, verdict",
+                         [(*pair, True) for pair in EQUAL] + [(*pair, False) for pair in DIFFERENT])
 def test_forms(predicted, gold, verdict):
     assert math_equal(predicted, gold) is verdict
 
@@ -145,16 +150,19 @@ def test_reward_needs_the_right_place_and_a_finished_response(tmp_path):
 def hostile():
     """10,000 responses, nearly all different, in the places where every template looks."""
     rng, megabyte = random.Random(0), 10 ** 6
-    pieces = ["{", "}", "\\boxed{", "\\boxed", "Answer:", "answer : ", "\\", "\\\\", "$", "^", "_", "9", "\\frac", "\\sqrt[", "(", ")",
-              "\x00", "\x1b[2J", "\r", "\n", "\ud800", "\udfff", "\u202e", "\u0301", "٣", "\ufeff", ",", ".", "%", "-", "+", "\\text{",
-              "\\left", "\\begin{pmatrix}", "&", "=", "x", "!", "🙂", "\\!", "{,}"]
-    yield from ("{" * megabyte, "}" * megabyte, "9" * megabyte, "\\boxed{" * (megabyte // 7), "Answer:" * (megabyte // 7),
-                "\\" * megabyte, "\\boxed" + "{" * 100_000 + "}" * 100_000, "\\boxed{" + "9" * megabyte + "}",
-                "Answer: " + "9" * megabyte, "\\boxed" + " " * megabyte, "answer" + " " * megabyte, "\\boxed {" * 100_000 + "}" * 100_000)
+    pieces = ["{", "}", "\\boxed{", "\\boxed", "Answer:", "answer : ", "\\", "\\\\", "$", "^", "_", "9", "\\frac",
+              "\\sqrt[", "(", ")", "\x00", "\x1b[2J", "\r", "\n", "\ud800", "\udfff", "\u202e", "\u0301", "٣",
+              "\ufeff", ",", ".", "%", "-", "+", "\\text{", "\\left", "\\begin{pmatrix}", "&", "=", "x", "!", "🙂", "\\!", "{,}"]
+    yield from ("{" * megabyte, "}" * megabyte, "9" * megabyte, "\\boxed{" * (megabyte // 7),
+                "Answer:" * (megabyte // 7), "\\" * megabyte, "\\boxed" + "{" * 100_000 + "}" * 100_000,
+                "\\boxed{" + "9" * megabyte + "}",
+                "Answer: " + "9" * megabyte, "\\boxed" + " " * megabyte, "answer" + " " * megabyte,
+                "\\boxed {" * 100_000 + "}" * 100_000)
     for n in range(30):                                             # short enough to be read: these reach the process
         bad = ["9^{9^{9^{9}}}", "10^{10^{10}}", "{" * 100 + "3" + "}" * 100, "(" * 100 + "3" + ")" * 100,
                "(((((((x+1)^2+1)^2+1)^2+1)^2+1)^2+1)^2+1)^2", "\ud800\x00x^2", "\\sin(" * 40 + "x" + ")" * 40,
-               "\\frac{" * 30 + "1" + "}{2}" * 30, "1," * 140 + "1", "\u202e\\frac{1}{2}", "^" * 200, "\\text{" * 40][n % 12]
+               "\\frac{" * 30 + "1" + "}{2}" * 30, "1," * 140 + "1", "\u202e\\frac{1}{2}", "^" * 200,
+               "\\text{" * 40][n % 12]
         yield f"Answer: {bad}\n\\boxed{{{bad}}}"
     for n in range(3000):                                           # huge powers, too long to be read
         yield f"Answer: {n}" + "^{9" * 150 + "}" * 150
@@ -174,29 +182,32 @@ def test_10_000_hostile_responses(tmp_path, monkeypatch, capsys):
         assert tasks[i % 4].reward(tasks[0].test[0], response, True) == -1.0, response[:100]
     took = time.perf_counter() - started
     assert Math.timeouts > died                                     # some of it did reach the process and hung there
+    monkeypatch.undo()
     assert math_equal("\\sqrt{18}", "3\\sqrt{2}")                   # and the next answer is graded
     with capsys.disabled():
         print(f"\n10,000 hostile responses: {took:.1f} s, {Math.timeouts - died} processes killed")
 
 
 def test_a_timeout_is_death_and_counted_and_the_next_answer_is_graded(monkeypatch):
-    monkeypatch.setattr(math_task, "SECONDS", 0.5)
     verified.cache_clear()
     assert math_equal("\\frac{10}{4}", "2\\frac12")
+    monkeypatch.setattr(math_task, "SECONDS", 0.5)
     first, died = Math.grader, Math.timeouts
     assert not math_equal("9^{9^{9^{9}}}", "7\\sqrt2")
     assert Math.timeouts == died + 1 and first.returncode == -signal.SIGALRM
     assert not math_equal("9^{9^{9^{9}}}", "7\\sqrt2") and Math.timeouts == died + 1       # remembered
+    monkeypatch.undo()
     assert math_equal("\\sqrt{98}", "7\\sqrt2") and not math_equal("\\sqrt{99}", "7\\sqrt2")
     assert Math.grader.pid != first.pid and Math.timeouts == died + 1
 
 
 def test_the_process_outlives_an_alarm_that_was_cleared(monkeypatch):
-    monkeypatch.setattr(math_task, "SECONDS", 0.3)
     verified.cache_clear()
+    assert math_equal("\\sqrt{18}", "3\\sqrt2")                     # starts it, if need be
+    monkeypatch.setattr(math_task, "SECONDS", 2.0)
     assert math_equal("\\sqrt{8}", "2\\sqrt2")
     pid = Math.grader.pid
-    time.sleep(0.6)
+    time.sleep(2.5)
     assert math_equal("\\sqrt{12}", "2\\sqrt3") and Math.grader.pid == pid
 
 
@@ -258,9 +269,9 @@ def chat(text):
             {"role": "assistant", "content": "?"}, {"role": "user", "content": text}]
 
 
-DAPO = ("Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
-        "(without quotes) where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your answer on its own line "
-        "after \"Answer:\".")
+DAPO = ("Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+        "$Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your answer on "
+        "its own line after \"Answer:\".")
 ROWS = [  # row, question, gold
     ({"problem": "a?", "question": "other", "prompt": "other", "answer": 27.0}, "a?", "27"),
     ({"question": "b?", "prompt": "other", "answer": "6 * 3 = 18\n#### 18"}, "b?", "18"),
@@ -289,7 +300,8 @@ def test_jsonl_and_json(tmp_path, capsys):
     for path in (lines, tmp_path / "b.json", tmp_path / "c.json"):
         assert pairs(Math("", str(path), "dapo").test) == EXPECTED
     out = capsys.readouterr().out
-    assert "0 training, 0 validation and 10 test problems; left out: 1 duplicates, 0 training" in out and out.count("\n") == 3
+    assert "0 training, 0 validation and 10 test problems; left out: 1 duplicates, 0 training" in out
+    assert out.count("\n") == 3
 
 
 def test_parquet(tmp_path, monkeypatch):
@@ -336,10 +348,13 @@ def test_without_datasets(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("line, reason", [
-    ('{"problem": "a?", "answer": 1', "Expecting"), ("[1]", "attribute"), ('{"answer": 1}', "no question"),
-    ('{"problem": " ", "answer": 1}', "no question"), ('{"problem": "a?"}', "no answer"), ('{"problem": "a?", "answer": ""}', "no answer"),
-    ('{"problem": "a?", "solution": "it is 5"}', "no answer"), ('{"problem": "a?", "answer": [1, 2]}', "Fraction"),
-    ('{"problem": "a?", "answer": "' + "1" * (LONGEST + 1) + '"}', "300"), ('{"problem": "a?", "answer": NaN}', "Fraction"),
+    ('{"problem": "a?", "answer": 1', "Expecting"), ("[1]", "malformed row"), ('{"answer": 1}', "no question"),
+    ('{"problem": " ", "answer": 1}', "no question"), ('{"problem": 5, "answer": 1}', "malformed row"),
+    ('{"prompt": [{"role": "system", "content": "a?"}], "answer": 1}', "no question"),
+    ('{"problem": "a?"}', "no answer"),
+    ('{"problem": "a?", "answer": ""}', "no answer"), ('{"problem": "a?", "answer": [1, 2]}', "Fraction"),
+    ('{"problem": "a?", "solution": "it is 5"}', "no answer"), ('{"problem": "a?", "answer": NaN}', "Fraction"),
+    ('{"problem": "a?", "answer": "' + "1" * (LONGEST + 1) + '"}', "300"),
     ('{"problem": "\\ud800?", "answer": 1}', "surrogates"), ("\udcff", "utf-8"), ("[" * 100_000, "recursion")])
 def test_a_bad_line_is_named(tmp_path, line, reason):
     path = tmp_path / "a.jsonl"
@@ -380,7 +395,8 @@ def test_splits_depend_on_the_texts_only(tmp_path, capsys):
     assert 60 <= len(validation) <= 140                             # 1950 / 20 = 97.5, and 4 deviations of 9.6
     few = Math(write(tmp_path, "few.jsonl", rows[:3]), "", "dapo")
     assert len(few.validation) == 1 and len(few.train) == 2 and not few.test
-    more = Math(write(tmp_path, "more.jsonl", rows + [{"problem": f"x{i}?", "answer": i} for i in range(500)]), "", "dapo")
+    rows += [{"problem": f"x{i}?", "answer": i} for i in range(500)]
+    more = Math(write(tmp_path, "more.jsonl", rows), "", "dapo")
     assert validation <= pairs(more.validation)                     # other problems do not move these
 
 
@@ -394,8 +410,9 @@ def llama_tokenizer(**options):
     words = ["<s>", "</s>", "<unk>", "What", "?", "Please", "within", "U", "A"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **options)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                   **options)
 
 
 class Echo:
@@ -449,11 +466,13 @@ def test_without_math_verify(tmp_path, monkeypatch, capsys):
         task = Math("", numeric, "dapo")
         assert "count as wrong without pip install math-verify==0.9.0" in capsys.readouterr().out.splitlines()[1]
         problem = next(p for p in task.test if p.prompt == "b?")
-        assert [task.reward(problem, f"Answer: {a}", True) for a in ("0.50", "1/2", "\\frac12", "\\frac13")] == [1, 1, -1, -1]
+        for answer, reward in (("0.50", 1.0), ("1/2", 1.0), ("\\frac12", -1.0), ("\\frac13", -1.0)):
+            assert task.reward(problem, f"Answer: {answer}", True) == reward
         assert Math.grader.poll() is None                           # one process says no to all, none is started again
-        mixed = write(tmp_path, "m.jsonl", [{"problem": "a?", "answer": "1"}, {"problem": "b?", "answer": "\\frac{1}{2}"}])
+        half = {"problem": "b?", "answer": "\\frac{1}{2}"}
+        mixed = write(tmp_path, "m.jsonl", [{"problem": "a?", "answer": 1}, half])
         for data, test_data in ((mixed, ""), ("", mixed)):
-            with pytest.raises(ValueError, match=r"1 answers, such as .frac\{1\}\{2\}, need pip install math-verify==0.9.0$"):
+            with pytest.raises(ValueError, match="1 answers, such as .frac.1..2., need pip install math-verify==0.9.0$"):
                 Math(data, test_data, "dapo")
     finally:
         Math.grader.kill()
