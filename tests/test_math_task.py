@@ -79,7 +79,7 @@ EQUAL = [  # predicted, gold
     ("90", "90^\\circ"), ("90^{\\circ}", "90^\\circ"), ("90°", "90^\\circ"), ("90 degrees", "90^\\circ"),
     ("5.4", "5.4 \\text{ cents}"), ("15\\text{ cm}^2", "15\\mbox{ cm}^2"), ("864", "864 \\mbox{ inches}^2"),
     ("5 cm", "5"), ("18\\text{ eggs}", "18"), ("\\frac{270}{7}", "\\frac{270}7\\text{ degrees}"),
-    ("(3, 4]", "(3,4]"), ("x \\in (3,4]", "(3,4]"), ("[-2,7]", "x \\in [-2,7]"), ("(3,\\infty) \\cup (-\\infty,2)",
+    ("(3, 4]", "(3,4]"), ("(3,4]", "3 < x \\le 4"), ("x \\in (3,4]", "(3,4]"), ("[-2,7]", "x \\in [-2,7]"), ("(3,\\infty) \\cup (-\\infty,2)",
                                                                                 "(-\\infty, 2) \\cup (3, \\infty)"),
     ("-2,1", "1,-2"), ("1 \\text{ and } -2", "1,-2"), ("\\{2,1\\}", "\\{1,2\\}"), ("(6, 31, -1)", "(6,31,-1)"),
     ("1+\\sqrt{19}, 1-\\sqrt{19}", "1 \\pm \\sqrt{19}"),
@@ -152,7 +152,8 @@ def hostile():
     rng, megabyte = random.Random(0), 10 ** 6
     pieces = ["{", "}", "\\boxed{", "\\boxed", "Answer:", "answer : ", "\\", "\\\\", "$", "^", "_", "9", "\\frac",
               "\\sqrt[", "(", ")", "\x00", "\x1b[2J", "\r", "\n", "\ud800", "\udfff", "\u202e", "\u0301", "٣",
-              "\ufeff", ",", ".", "%", "-", "+", "\\text{", "\\left", "\\begin{pmatrix}", "&", "=", "x", "!", "🙂", "\\!", "{,}"]
+              "\ufeff", ",", ".", "%", "-", "+", "\\text{", "\\left", "\\begin{pmatrix}", "&", "=", "x", "!", "🙂",
+              "\\!", "{,}"]
     yield from ("{" * megabyte, "}" * megabyte, "9" * megabyte, "\\boxed{" * (megabyte // 7),
                 "Answer:" * (megabyte // 7), "\\" * megabyte, "\\boxed" + "{" * 100_000 + "}" * 100_000,
                 "\\boxed{" + "9" * megabyte + "}",
@@ -294,7 +295,8 @@ def pairs(problems):
 
 def test_jsonl_and_json(tmp_path, capsys):
     rows = [row for row, _, _ in ROWS]
-    lines = write(tmp_path, "a.jsonl", rows + [{"problem": " a?\n", "answer": 27}])     # a duplicate, spaced otherwise
+    # and a duplicate, spaced otherwise; the first of them counts
+    lines = write(tmp_path, "a.jsonl", rows + [{"problem": "g  {problem}\n\\frac{1}{2}?", "answer": 1}])
     (tmp_path / "b.json").write_text(json.dumps(rows, indent=1))
     (tmp_path / "c.json").write_text(json.dumps({"data": rows}))
     for path in (lines, tmp_path / "b.json", tmp_path / "c.json"):
@@ -472,7 +474,7 @@ def test_without_math_verify(tmp_path, monkeypatch, capsys):
         half = {"problem": "b?", "answer": "\\frac{1}{2}"}
         mixed = write(tmp_path, "m.jsonl", [{"problem": "a?", "answer": 1}, half])
         for data, test_data in ((mixed, ""), ("", mixed)):
-            with pytest.raises(ValueError, match="1 answers, such as .frac.1..2., need pip install math-verify==0.9.0$"):
+            with pytest.raises(ValueError, match="1 answers, such as .frac.1..2., need pip install math-verify"):
                 Math(data, test_data, "dapo")
     finally:
         Math.grader.kill()
