@@ -108,7 +108,7 @@ def load(data: str, split: str) -> tuple[dict[str, Problem], int]:
             whole = "" if golds[:2] == (None, None) else gold       # an answer may be bare, a solution may not
             gold = (gold.rpartition("####")[2] if "####" in gold else final_answer(gold, "chat") or whole).strip()
             if not text or not gold or len(gold) > LONGEST:
-                raise ValueError(f"no {'answer' if text else 'question'}, or one of more than {LONGEST} characters")
+                raise ValueError(f"no answer of 1 to {LONGEST} characters" if text else "no question")
             problems.setdefault(hashlib.sha256(" ".join(text.split()).encode()).hexdigest(), Problem(text, gold))
     except Exception as error:                  # libraries raise all kinds; a reader needs where and why
         hint = {ModuleNotFoundError: "; pip install datasets", AttributeError: "; malformed row"}.get(type(error), "")

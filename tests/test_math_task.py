@@ -79,8 +79,8 @@ EQUAL = [  # predicted, gold
     ("90", "90^\\circ"), ("90^{\\circ}", "90^\\circ"), ("90°", "90^\\circ"), ("90 degrees", "90^\\circ"),
     ("5.4", "5.4 \\text{ cents}"), ("15\\text{ cm}^2", "15\\mbox{ cm}^2"), ("864", "864 \\mbox{ inches}^2"),
     ("5 cm", "5"), ("18\\text{ eggs}", "18"), ("\\frac{270}{7}", "\\frac{270}7\\text{ degrees}"),
-    ("(3, 4]", "(3,4]"), ("(3,4]", "3 < x \\le 4"), ("x \\in (3,4]", "(3,4]"), ("[-2,7]", "x \\in [-2,7]"), ("(3,\\infty) \\cup (-\\infty,2)",
-                                                                                "(-\\infty, 2) \\cup (3, \\infty)"),
+    ("(3, 4]", "(3,4]"), ("(3,4]", "3 < x \\le 4"), ("x \\in (3,4]", "(3,4]"), ("[-2,7]", "x \\in [-2,7]"),
+    ("(3,\\infty) \\cup (-\\infty,2)", "(-\\infty, 2) \\cup (3, \\infty)"),
     ("-2,1", "1,-2"), ("1 \\text{ and } -2", "1,-2"), ("\\{2,1\\}", "\\{1,2\\}"), ("(6, 31, -1)", "(6,31,-1)"),
     ("1+\\sqrt{19}, 1-\\sqrt{19}", "1 \\pm \\sqrt{19}"),
     ("5", "x=5"), ("x = 5", "5"), ("-q + p", "p - q"), ("5(3x - 16)", "15x - 80"), ("-5i+6", "6 - 5i"),
@@ -176,7 +176,7 @@ def hostile():
 
 
 def test_10_000_hostile_responses(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(math_task, "SECONDS", 1.0)
+    monkeypatch.setattr(math_task, "SECONDS", 0.5)
     path = write(tmp_path, "t.jsonl", [{"problem": "2?", "answer": "3\\sqrt{2}"}])
     tasks, died, started = [Math("", path, template) for template in TEMPLATES], Math.timeouts, time.perf_counter()
     for i, response in zip(range(10_000), hostile()):
