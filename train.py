@@ -227,7 +227,9 @@ def train(s: Settings) -> Path | None:
     rows = min(s.slots, max(s.prompts * s.samples, len(validation) * max(s.eval_samples, s.final_samples)))
     free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else
             os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    planned = plan(config, s, length, rows, free)
+    if rank == 0:
+        print(f"{plan(config, s, length, rows, free)}\nproblems with prompts of more than {s.max_prompt_tokens} tokens, left "
+              f"out: {len(size) - len({*problems, *validation})}")
     model = load(s.model, device, getattr(torch, s.weights))[0]
     model.recompute = s.recompute
     parts = {"policy": (model, adamw(model, s.lr, s))}
@@ -251,9 +253,6 @@ def train(s: Settings) -> Path | None:
             read_lines(run / "validation.jsonl", done, range(0, done, s.eval_every))))[0]
         sampler.sync()
         stop.run, stop.saved = run, done
-    if rank == 0:
-        print(f"{planned}\nproblems with prompts of more than {s.max_prompt_tokens} tokens, left out: "
-              f"{len(size) - len({*problems, *validation})}")
     mine = s.minibatch // world             # problems that this process has of every minibatch
     group = torch.arange(s.prompts // world).repeat_interleave(s.samples)
 
@@ -308,7 +307,6 @@ def train(s: Settings) -> Path | None:
         line |= {"rollout_s": rolled_out - started, "reward_s": rewarded - rolled_out,
                  "score_s": sum(u["score_s"] for u in updates), "update_s": updated - rewarded,
                  "peak_memory_gb": peak_memory(device), "timeouts": sum(everyone(task.timeouts))}
-        task.timeouts = 0
         log.append(line)
         if s.dry_run:
             print(f"{len(episodes)} sequences of {sampler.max_length} tokens, peak memory {line['peak_memory_gb']:.2f} GB; "
