@@ -227,8 +227,9 @@ def train(s: Settings) -> Path | None:
     rows = min(s.slots, max(s.prompts * s.samples, len(validation) * max(s.eval_samples, s.final_samples)))
     free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else
             os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    planned = plan(config, s, length, rows, free)
     if rank == 0:
-        print(f"{plan(config, s, length, rows, free)}\nproblems with prompts of more than {s.max_prompt_tokens} tokens, left "
+        print(f"{planned}\nproblems with prompts of more than {s.max_prompt_tokens} tokens, left "
               f"out: {len(size) - len({*problems, *validation})}")
     model = load(s.model, device, getattr(torch, s.weights))[0]
     model.recompute = s.recompute

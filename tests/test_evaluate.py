@@ -151,8 +151,8 @@ def test_the_command_measures_what_it_was_asked_to(monkeypatch, qwen2):
     ({"k": "1,300"}, "does not fit --samples 256"), ({"k": "0"}, "1 <= K"), ({"k": "a"}, "whole numbers"),
     ({"samples": 0, "k": "1"}, "1 <= K"), ({"problems": -1}, "at least 0"), ({"slots": 0}, "at least 1"),
     ({"task": "chess"}, "unknown task 'chess'"), ({"models": ("./nowhere",)}, "no model folder ./nowhere"),
-    ({"device": "cuda:99"}, "cannot be used here"), ({"temperature": 0.0}, "temperature > 0"),
-    ({"temperature": float("nan")}, "temperature > 0"), ({"models": ("base", "./nowhere")}, "no model folder ./nowhere"),
+    ({"device": "cuda:99"}, "cannot be used here"), ({"temperature": 0.0}, "temperature must be a finite number"),
+    ({"temperature": float("nan")}, "temperature must be a finite number"), ({"models": ("base", "./nowhere")}, "no model folder ./nowhere"),
     ({"models": ("base/nowhere",)}, "no model folder base/nowhere"), ({"json": "no/such/table.json"}, "folder that does not exist")])
 def test_bad_settings_get_one_sentence(changes, sentence):
     small = {"models": ("base",)} if "samples" in changes or "300" in changes.get("k", "") else {

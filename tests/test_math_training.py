@@ -89,8 +89,8 @@ def test_the_presets_are_the_papers_numbers():
             "paper-ppo": same | dict(algo="ppo", alpha=0.1, critic_lr=2e-6, critic_warmup=10, gamma=1.0, lam=1.0)}
     assert set(want) == set(PRESETS)
     for name, numbers in want.items():
-        s = evaluate.parse_flags(Settings, "", ["--preset", name, "--model", "a/b", "--slots", "7"], PRESETS)
+        s = evaluate.parse_flags(Settings, "train", ["--preset", name, "--model", "a/b", "--slots", "7"], PRESETS)
         assert {key: getattr(s, key) for key in numbers} == numbers and (s.model, s.slots, s.preset) == ("a/b", 7, name)
         assert s.prompts // s.minibatch == 16                              # updates per rollout
-        one = evaluate.parse_flags(Settings, "", ["--preset", name, "--alpha", "0"], PRESETS)
+        one = evaluate.parse_flags(Settings, "train", ["--preset", name, "--alpha", "0"], PRESETS)
         assert one.alpha == 0 and one.lr == 1e-6                           # a flag beside the preset wins
