@@ -8,8 +8,8 @@ The intervals are 95 % bootstrap intervals over problems: what other problems of
 training seed would. Models are compared on the same problems, pair by pair, and with the same random numbers, so that a
 model and its copy differ by exactly 0 (train.py's evaluations before and after have different ones).
 
-Departs from the paper: it samples at T = 0.6, top-p 0.95 (here `--preset paper`) and gives no intervals. The
-default here is T = 1 without truncation, the distribution that was trained.
+Departs from the paper: it samples at T = 0.6, top-p 0.95 (`--preset paper`) and gives no intervals. The default here is
+the distribution that was trained, T = 1 without truncation.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from rollout import Episode, Sampler, seeded_generator, texts
 from task import Problem, load_task
 
 SEQUENCES = 16384           # sampled per call, which bounds the memory that episodes take
+PRESETS = {"paper": dict(temperature=0.6, top_p=0.95)}
 
 
 def flag(default, help: str, **options):
@@ -108,16 +109,15 @@ def bootstrap(values: np.ndarray, resamples: int = 10_000) -> np.ndarray:
 def count_solved(sampler: Sampler, tokenizer, task, problems: Sequence[Problem], samples: int, max_new_tokens: int,
                  temperature: float, top_p: float, seed: int, step: int = 0, progress: str | None = None,
                  watch: Callable[[Problem, str, Episode], None] | None = None) -> dict:
-    """Samples every problem and grades: {"solved": right answers per problem, "samples": how many each had,
-    "tokens": mean response length, "finished": share not cut at the limit}. Has random streams of its own.
-    `watch` is shown every problem, response and episode, for whoever wants to count something else too."""
+    """Samples and grades: {"solved": right answers per problem, "samples": how many each had, "tokens": mean response
+    length, "finished": share not cut at the limit}. Has random streams of its own. `watch` sees every response."""
     solved, tokens, finished = [0] * len(problems), 0, 0
     block = max(1, SEQUENCES // samples)
     for first in range(0, len(problems), block):
         part = problems[first:first + block]
-        label = progress and f"{progress} {first + len(part)}/{len(problems)} problems"
         episodes = sampler.generate([task.encode(p, tokenizer) for p in part], samples, max_new_tokens, temperature,
-                                    seeded_generator(seed, step, f"evaluate {first}", sampler.device), top_p, label)
+                                    seeded_generator(seed, step, f"evaluate {first}", sampler.device), top_p,
+                                    progress and f"{progress} {first + len(part)}/{len(problems)} problems")
         for episode, response in zip(episodes, texts(tokenizer, episodes)):
             reward = task.reward(part[episode.prompt_index], response, episode.finished)
             solved[first + episode.prompt_index] += reward > 0
@@ -129,8 +129,8 @@ def count_solved(sampler: Sampler, tokenizer, task, problems: Sequence[Problem],
 
 
 def report(results: dict[str, dict], ks: Sequence[int]) -> tuple[str, dict]:
-    """Results of count_solved by model name -> (a table to print, the same as JSON). Each cell is Pass@K with
-    its 95 % interval; the rows below compare each model with the first, paired by problem."""
+    """Results of count_solved by model -> (a table to print, the same as JSON): Pass@K with its 95 % interval, then
+    the difference of each model from the first, paired by problem."""
     tables = {name: pass_table(r["solved"], r["samples"], ks) for name, r in results.items()}
     first, *others = tables
     tables |= {f"{name} - {first}": tables[name] - tables[first] for name in others}
@@ -162,7 +162,7 @@ class Settings:
     k: str = flag("", "the K of Pass@K, separated by commas; by default 1,4,16,64,256 as far as --samples goes")
     temperature: float = flag(1.0, "sampling temperature")
     top_p: float = flag(1.0, "nucleus sampling; 1 samples the whole distribution")
-    preset: str = flag("", "paper: temperature 0.6 and top-p 0.95", choices=("", "paper"))
+    preset: str = flag("", "paper: temperature 0.6 and top-p 0.95", choices=("", *PRESETS))
     max_new_tokens: int = flag(128, "longest response, in tokens")
     slots: int = flag(512, "sequences decoded at a time")
     seed: int = flag(0, "seed of the samples", least=0)
@@ -172,8 +172,6 @@ class Settings:
 
 def evaluate(s: Settings) -> dict:
     """Runs the command; returns the JSON record. ValueError or OSError name what is wrong with the settings."""
-    if s.preset == "paper":
-        s = dataclasses.replace(s, temperature=0.6, top_p=0.95)
     try:
         ks = sorted({int(k) for k in s.k.split(",")}) if s.k else [k for k in (1, 4, 16, 64, 256) if k <= s.samples] or [1]
     except ValueError:
@@ -207,7 +205,7 @@ def evaluate(s: Settings) -> dict:
 
 if __name__ == "__main__":
     try:
-        evaluate(parse_flags(Settings, __doc__))
+        evaluate(parse_flags(Settings, __doc__, presets=PRESETS))
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"evaluate.py: {error}")
     except KeyboardInterrupt:

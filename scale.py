@@ -39,11 +39,8 @@ def plan(config: dict, s, length: int, rows: int, free: float) -> str:
              + ", ".join(f"{name} {value / 1e9:.3g}" for name, value in size.items() if value)
              + f"; a rollout needs {rollout / 1e9:.3g}, an update {update / 1e9:.3g}")
     if max(update, rollout) > free:
-        advice = {"fewer --slots": rollout > free, "less --micro-tokens or --chunk": update > free,
-                  "--recompute": update > free and not s.recompute, "--weights bfloat16 --dtype bfloat16": not half,
-                  "--algo grpo, which needs no critic": models > 1, "a smaller model": True}
-        raise ValueError(f"{table}, but {free / 1e9:.3g} are free; what may help: "
-                         + ", ".join(text for text, fits in advice.items() if fits))
+        raise ValueError(f"{table}, but there are {free / 1e9:.3g}; what may help: fewer --slots, less --micro-tokens or "
+                         "--chunk, --recompute, --weights bfloat16 --dtype bfloat16, --algo grpo, a smaller model")
     return table
 
 

@@ -126,13 +126,11 @@ def run_name(s: Settings) -> str:
 
 def update(model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[Episode], old_logp: Tensor,
            advantage: Tensor, s: Settings) -> Counter:
-    """One optimizer step of the policy on the episodes of a minibatch; old_logp, advantage [N, R], one per response
-    token, 0 beyond. Returns policy_loss's sums, the sums of psi / |A| and of the gap to the sampler, the largest gap,
-    the norm, and the seconds of scoring."""
+    """One optimizer step of the policy on a minibatch; old_logp, advantage [N, R], one per response token, 0 beyond.
+    Returns policy_loss's sums, those of psi / |A| and of the gap to the sampler, the largest gap and the gradient norm."""
     device, total = model.head.device, Counter()
     denominator = sum(everyone(sum(len(e.response) for e in episodes)))     # of the whole step, whatever is left out below
-    # Without a KL or entropy term, A = 0 means no gradient: such sequences need no forward pass.
-    everything = not s.skip_zero or s.entropy_coef > 0
+    everything = not s.skip_zero or s.entropy_coef > 0          # else A = 0 means no gradient and needs no forward pass
     live = [i for i, some in enumerate((advantage != 0).any(1).tolist()) if some or everything]
     for batch in micro_batches([episodes[i] for i in live], s.micro_tokens):
         batch = [live[i] for i in batch]
@@ -149,11 +147,9 @@ def update(model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[
         if s.entropy_coef > 0:
             loss = loss - s.entropy_coef * torch.where(mask, entropy, 0.0).sum() / denominator
         loss.backward()
-
-        with torch.no_grad():
-            share = torch.where(mask & (plain != 0), (shaped - plain) / plain.abs(), 0.0)           # psi / |A|
-            gap = (logp - old).abs()[mask]
-            sums |= {"loss": loss.detach(), "shaping": share.sum(), "gap": gap.sum()}
+        share = torch.where(mask & (plain != 0), (shaped - plain) / plain.abs(), 0.0)               # psi / |A|
+        gap = (logp.detach() - old).abs()[mask]
+        sums |= {"loss": loss.detach(), "shaping": share.sum(), "gap": gap.sum()}
         total.update({name: float(value) for name, value in sums.items()})
         total["gap_max"] = max(total["gap_max"], float(gap.max()))
     return descend(model, optimizer, total, s)
@@ -189,10 +185,10 @@ def critic_advantage(critic: Critic, episodes: list[Episode], reward: Tensor, co
 
 
 def descend(module: torch.nn.Module, optimizer: torch.optim.Optimizer, total: Counter, s: Settings) -> Counter:
-    """Adds up the gradients and sums of all processes, clips, refuses what is not finite, and steps. Gradients come in
-    zeroed and leave so: zeros, not None, because a step without live sequences is a step too."""
-    parts, join_up = everyone(total), {"gap_max": max}
-    total = Counter({name: join_up.get(name, sum)(part[name] for part in parts) for name in set().union(*parts)})
+    """Adds up what all processes have, clips, refuses what is not finite, and steps. Gradients come in zeroed and leave
+    so: zeros, not None, because a step without live sequences is a step too."""
+    parts = everyone(total)
+    total = Counter({name: (max if name == "gap_max" else sum)(part[name] for part in parts) for name in set().union(*parts)})
     if len(parts) > 1:
         for parameter in module.parameters():
             torch.distributed.all_reduce(parameter.grad)
@@ -268,8 +264,7 @@ def train(s: Settings) -> Path | None:
         stop.in_steps = not s.dry_run
 
     validate(done)
-    bar = tqdm(range(done + 1, s.steps + 1), initial=done, total=s.steps, desc=run.name, unit="step",
-               disable=None if rank == 0 else True)
+    bar = tqdm(range(done + 1, s.steps + 1), run.name, s.steps, initial=done, unit="step", disable=True if rank else None)
     for step in bar:
         started = time.perf_counter()
         # sample
@@ -323,8 +318,8 @@ def train(s: Settings) -> Path | None:
             raise KeyboardInterrupt
         validate(step)
         if s.algo == "grpo" and step % 20 == 0 and all(past["equal_groups"] == 1 for past in log[-20:]):
-            tqdm.write(f"no group had both right and wrong answers in 20 steps, so nothing is learned (mean reward "
-                       f"{line['reward']:+.2f}): try more --samples, easier problems or another template", file=sys.stderr)
+            tqdm.write("no group had both right and wrong answers in 20 steps, so nothing is learned (mean reward "
+                       f"{line['reward']:+.2f}): try more --samples, easier problems or another --template", file=sys.stderr)
         bar.set_postfix(reward=f"{line['reward']:+.2f}", entropy=f"{line['entropy']:.2f}", length=f"{line['length']:.0f}")
 
     if rank > 0:
@@ -333,8 +328,8 @@ def train(s: Settings) -> Path | None:
     table, record = report(results, [k for k in (1, 4, 16, 64, 256) if k <= s.final_samples])
     write_text(run / "validation.json", json.dumps(record) + "\n")
     print(f"\n{s.task} validation: {len(validation)} problems, {s.final_samples} samples each, temperature "
-          f"{s.temperature}; 95 % intervals over problems\n{table}\n{step_times(log)}\nsaved: {run}/model (Hugging Face "
-          f"format), {run}/log.jsonl (a line a step), {run}/validation.jsonl, {run}/config.json, {run}/validation.json")
+          f"{s.temperature}; 95 % intervals over problems\n{table}\n{step_times(log)}\nsaved in {run}: model/ (Hugging Face "
+          "format), log.jsonl (a line a step), validation.jsonl, config.json, validation.json")
     return run
 
 
