@@ -1,8 +1,8 @@
 """Pass@K with intervals: `python evaluate.py base runs/grpo`. Read last of the root files.
 
-Pass@K is the chance that at least one of K answers to a problem is right. From n samples of which c are
-right, its unbiased estimate is 1 - C(n-c, K) / C(n, K): the share of all K-subsets that contain a right one.
-Taking the first K samples has the same mean and far more noise; drawing K with replacement is biased.
+Pass@K is the chance that at least one of K answers is right. From n samples of which c are right, its unbiased estimate
+is 1 - C(n-c, K) / C(n, K): the share of all K-subsets that contain a right one. Taking the first K samples has the same
+mean and far more noise; drawing K with replacement is biased.
 
 The intervals are 95 % bootstrap intervals over problems: what other problems of the kind would give, not what another
 training seed would. Models are compared on the same problems, pair by pair, and with the same random numbers, so that a
@@ -75,13 +75,11 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
+        if torch.device(name).type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda devices are supported")
-        torch.empty(1, device=device)
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -89,8 +87,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     rounded. ValueError unless 0 <= c <= n and 1 <= k <= n."""
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"Pass@K needs 1 <= K <= n and 0 <= c <= n; got n = {n}, c = {c}, K = {k}")
-    everything = math.comb(n, k)
-    return (everything - math.comb(n - c, k)) / everything
+    return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
 
 
 def pass_table(counts: Sequence[int], n: int, ks: Sequence[int]) -> np.ndarray:
@@ -171,7 +168,7 @@ class Settings:
 
 
 def evaluate(s: Settings) -> dict:
-    """Runs the command; returns the JSON record. ValueError or OSError name what is wrong with the settings."""
+    """Runs the command; returns the JSON record."""
     try:
         ks = sorted({int(k) for k in s.k.split(",")}) if s.k else [k for k in (1, 4, 16, 64, 256) if k <= s.samples] or [1]
     except ValueError:
@@ -192,8 +189,8 @@ def evaluate(s: Settings) -> dict:
         model, tokenizer = load(name, device)
         longest = max(len(task.encode(p, tokenizer)) for p in problems)
         sampler = Sampler(model, s.slots, longest + s.max_new_tokens, model.eos_ids)
-        results[name] = count_solved(sampler, tokenizer, task, problems, s.samples, s.max_new_tokens, s.temperature,
-                                     s.top_p, s.seed, progress=name)
+        results[name] = count_solved(sampler, tokenizer, task, problems, s.samples, s.max_new_tokens, s.temperature, s.top_p,
+                                     s.seed, progress=name)
     table, record = report(results, ks)
     print(f"{s.task} {s.split}: {len(problems)} problems, {s.samples} samples each, temperature {s.temperature}, "
           f"top-p {s.top_p}, seed {s.seed}; 95 % intervals over problems\n{table}")

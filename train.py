@@ -89,8 +89,7 @@ class Settings:
     seed: int = flag(0, "of data order and sampling", least=0)
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
     dtype: str = flag("float32", "of sampling and scoring", choices=("float32", "bfloat16"))
-    weights: str = flag("float32", "of the trained weights; if bfloat16 (7B on one card), the optimizer has a float32 master",
-                        choices=("float32", "bfloat16"))
+    weights: str = flag("float32", "of training; bfloat16 has a float32 master in the optimizer", choices=("float32", "bfloat16"))
     decode_dtype: str = flag(None, "of sampling alone, if it is not --dtype", choices=("float32", "bfloat16"), type=str)
 
     def __post_init__(self) -> None:
@@ -245,9 +244,8 @@ def train(s: Settings) -> Path | None:
             open_run(s, s.name or run.name)
         everyone(None)                                              # nobody looks before the folder is there
         done = load_state(run, parts)
-        log, validated = everyone(rank == 0 and (
-            read_lines(run / "log.jsonl", done, range(1, done + 1)),
-            read_lines(run / "validation.jsonl", done, range(0, done, s.eval_every))))[0]
+        log, validated = everyone(rank == 0 and (read_lines(run / "log.jsonl", done, range(1, done + 1)), read_lines(
+            run / "validation.jsonl", done, range(0, done, s.eval_every))))[0]
         sampler.sync()
         stop.run, stop.saved = run, done
     mine = s.minibatch // world             # problems that this process has of every minibatch
@@ -269,8 +267,8 @@ def train(s: Settings) -> Path | None:
         started = time.perf_counter()
         # sample
         batch = [p for i, p in enumerate(draw(problems, s.prompts, step - 1, s.seed)) if i % s.minibatch // mine == rank]
-        episodes = sampler.generate([task.encode(p, tokenizer) for p in batch], s.samples, s.max_new_tokens,
-                                    s.temperature, seeded_generator(s.seed, step, "rollout" + f" {rank}" * (rank > 0), device))
+        random = seeded_generator(s.seed, step, f"rollout {rank}" if rank else "rollout", device)
+        episodes = sampler.generate([task.encode(p, tokenizer) for p in batch], s.samples, s.max_new_tokens, s.temperature, random)
         sampler.free()
         rolled_out = time.perf_counter()
         # reward
@@ -300,9 +298,9 @@ def train(s: Settings) -> Path | None:
         line["arm"] = f"{s.algo}, alpha {s.alpha}, entropy_coef {s.entropy_coef}, clip_high {s.clip_high}"
         if s.algo == "ppo":
             line |= explained(critic_updates, *(torch.cat(everyone(x[counted])) for x in (value, ret)))
-        line |= {"rollout_s": rolled_out - started, "reward_s": rewarded - rolled_out,
-                 "score_s": sum(u["score_s"] for u in updates), "update_s": updated - rewarded,
-                 "peak_memory_gb": peak_memory(device), "timeouts": sum(everyone(task.timeouts))}
+        line |= {"rollout_s": rolled_out - started, "reward_s": rewarded - rolled_out, "update_s": updated - rewarded,
+                 "score_s": sum(u["score_s"] for u in updates), "peak_memory_gb": peak_memory(device),
+                 "timeouts": sum(everyone(task.timeouts))}
         log.append(line)
         if s.dry_run:
             print(f"{len(episodes)} sequences of {sampler.max_length} tokens, peak memory {line['peak_memory_gb']:.2f} GB; "
