@@ -1,10 +1,10 @@
 r"""Real mathematics: data, templates, grading. Read after task.py, which has the same interface.
 
-The concept: a *verifiable reward*. The final answer stands in a fixed place and is compared with the known one. No text
-may hang the loop or stop it: one pass finds the answer, more than LONGEST characters are wrong unread, numbers and
-words are compared here, the rest by math-verify in a process of its own. 9^{9^{9^9}} hangs in C code, which no
-exception ends, so that process sets itself an alarm whose action is death. The answer is wrong, `timeouts` counts it,
-and a new process starts. The paper does not say how it grades; here units, `%`, `x =` and a numeral's base are ignored.
+The final answer stands in a fixed place and is compared with the known one. No text may hang the loop or stop it: one
+pass finds the answer, more than LONGEST characters are wrong unread, numbers and words are compared here, the rest by
+math-verify in a process of its own. 9^{9^{9^9}} hangs in C code, which no exception ends, so that process sets itself an
+alarm whose action is death: the answer is wrong, `timeouts` counts it, and a new process starts. The paper does not say
+how it grades; here units, `%`, `x =` and a numeral's base are ignored.
 """
 
 import functools
@@ -20,10 +20,10 @@ from subprocess import DEVNULL, PIPE, Popen
 from task import Problem
 
 BOXED = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
-TEMPLATES = {"qwen-math": BOXED, "chat": BOXED, "none": "{problem}", "dapo": (
-    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
-    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n{problem}\n\n"
-    'Remember to put your answer on its own line after "Answer:".')}
+DAPO = ("Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
+        "(without quotes) where $Answer is the answer to the problem.\n\n{problem}\n\nRemember to put your answer on its own "
+        'line after "Answer:".')
+TEMPLATES = {"qwen-math": BOXED, "chat": BOXED, "none": "{problem}", "dapo": DAPO}
 LONGEST, SECONDS = 300, 5.0                     # characters of an answer; seconds of math-verify, without its start
 # Each pattern takes time linear in the text, or meets no more than LONGEST characters.
 PLACE = re.compile(r"\\boxed\s*\{|\\(?!\\boxed).|[{}]|answer[ \t]*:", re.DOTALL | re.IGNORECASE)   # `\{` is no brace
@@ -142,8 +142,7 @@ class Math:
             return tokenizer.encode(text)
         if not tokenizer.chat_template:
             raise ValueError("--template chat needs a tokenizer with a chat template")
-        chat = [{"role": "user", "content": text}]
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
 
     def reward(self, problem: Problem, response: str, finished: bool) -> float:
         """+1.0 if the final answer is right, else -1.0. A response cut at the length limit is wrong."""
