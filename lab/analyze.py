@@ -48,7 +48,6 @@ from task import NUMBER, OPERATORS, Problem, chains, load_task, numbers_of
 
 NGRAM, NEIGHBOURS, RARE, RESAMPLES, PERMUTATIONS = 4, 5, 0.1, 2000, 1000
 COLUMNS = ("mean", "others", "difference", "d")
-LONGEST = 10_000                            # tokens of a response that the page shows
 PIVOTAL = {
     "causal": "because, therefore, thus, hence, since, so, consequently, accordingly, as a result, due to",
     "contrastive": "however, although, though, but, yet, instead, whereas, nevertheless, nonetheless, otherwise, unless, "
@@ -164,24 +163,18 @@ def hidden_states(model, ids: Sequence[int]) -> Tensor:
 
 
 def predictions(model, hidden: Tensor, temperature: float) -> tuple[np.ndarray, list, list]:
-    """States [R, width] in which tokens are chosen -> the entropies over the full vocabulary in nats [R], and of the
-    three likeliest tokens the ids and probabilities [R, 3]."""
-    logits = (F.linear(rows, model.head).float() / temperature for rows in hidden.split(256))       # a few at a time
-    found = [(torch.special.entr(p).sum(-1), *p.topk(3)) for p in (z.softmax(-1) for z in logits)]
+    """States [R, width] -> the next token's entropy in nats [R], ids and probabilities of the three likeliest [R, 3]."""
+    chances = ((F.linear(rows, model.head).float() / temperature).softmax(-1) for rows in hidden.split(256))  # few at once
+    found = [(torch.special.entr(p).sum(-1), *p.topk(3)) for p in chances]
     entropy, p, ids = (torch.cat(x).cpu() for x in zip(*found))
     return entropy.double().numpy(), ids.tolist(), p.tolist()
 
 
-def sentence_vectors(model, tokenizer, sentences: Sequence[str]) -> Tensor:
-    """The mean hidden state of each sentence, read alone, at unit length. [N, width], fp64"""
-    vector = functools.cache(lambda x: hidden_states(model, tokenizer.encode(x, add_special_tokens=False)).double().mean(0))
-    return F.normalize(torch.stack([vector(x) for x in sentences]), dim=-1).cpu()
-
-
 def read(name: str, s: Settings) -> tuple[Callable, list[Reading]]:
-    """Samples (or reads) and scores -> what turns sentences into vectors, and the responses."""
+    """Samples (or reads) and scores -> what makes unit vectors [N, width] of N sentences, and the responses."""
     model, tokenizer = load(name, pick_device(s.device))
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    vector = functools.cache(lambda text: F.normalize(hidden_states(model, encode(text)).double().mean(0), dim=0).cpu())
     decode = functools.lru_cache(1 << 16)(lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False))
     if s.saved:
         answers = []                                        # problem, level, finished, ids of prompt and of response
@@ -214,7 +207,7 @@ def read(name: str, s: Settings) -> tuple[Callable, list[Reading]]:
         readings.append(Reading(numbers[problem.prompt], problem.prompt, ids, pieces, kinds,
                                 sentences if finished else sentences[:-1], entropy,
                                 [[(decode((t,)), q) for t, q in zip(*three)] for three in zip(*likeliest)], difficulty))
-    return functools.partial(sentence_vectors, model, tokenizer), readings
+    return lambda sentences: torch.stack([vector(text) for text in sentences]), readings
 
 
 def nearest(vectors: Tensor, others: Tensor, k: int = NEIGHBOURS) -> Tensor:
@@ -273,9 +266,8 @@ def compare(rows: dict[str, np.ndarray], label: np.ndarray) -> dict | None:
 
 def comparisons(readings: Sequence[Reading], spans: Callable[[Reading], Sequence], sides: dict[str, bool],
                 far: np.ndarray | None = None) -> dict[str, dict | None]:
-    """`compare` for what `spans` finds in a response (first token, the one after the last, kind): over all that `sides`
-    puts on a side (or, given distances, the furthest against the rest), within up to 4 bins of a column, of about
-    equally many, and kind by kind against everything else."""
+    """`compare` for what `spans` finds in a response (first token, the one after the last, kind): over all on the two
+    `sides` (or, given distances, the furthest against the rest), in 4 bins of about equally many, and kind by kind."""
     names = ("entropy", "kind", "problem", "response", "position", "difficulty", "length in tokens")
     rows = [(r.entropy[a:b].mean(), kind, r.problem, i, a, r.difficulty, b - a)
             for i, r in enumerate(readings) for a, b, kind in spans(r)]
@@ -313,21 +305,18 @@ def behaviour(readings: Sequence[Reading], kinds: tuple[dict, dict]) -> dict[str
         totals[r.problem] += [[n, len(grams) - len(set(grams)), len(pivotal), 100 * len(pivotal), len(reflective),
                                sum(r.entropy), sum(pivotal), sum(map(sum, reflective))],
                               [1, len(grams), 1, n, 1, n, len(pivotal), sum(map(len, reflective))]]
-    figures = bootstrap(lambda t: t[:len(names)] / t[len(names):], totals.reshape(len(totals), -1))
-    return dict(zip(names, figures))
+    return dict(zip(names, bootstrap(lambda t: t[:len(names)] / t[len(names):], totals.reshape(len(totals), -1))))
 
 
 def visible(text: str, longest: int = 200) -> str:
-    """`text` as HTML that can do nothing: escaped, what cannot be seen or turns the order of others (control, format,
-    unassigned) by number, a line's end seen and done, and only the beginning of an endless one."""
+    """`text` as harmless HTML: escaped, what cannot be seen or turns others round by number, not endless."""
     unseen = lambda c: unicodedata.category(c) in ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
     shown = "".join("⏎\n" if c == "\n" else f"⟨U+{ord(c):04X}⟩" if unseen(c) else c for c in text[:longest])
     return html.escape(shown) + f"⟨{len(text) - longest:,} more characters⟩" * (len(text) > longest)
 
 
 def page(cases: Sequence[dict[str, Reading]], kinds: tuple[dict, dict]) -> str:
-    """lab/page.html filled in: for each problem the answers of all models side by side, every token in its colour, with
-    its marks and what is shown where one points."""
+    """lab/page.html filled in: for each problem the answers of all models side by side, tokens coloured by entropy."""
     darkest = max(1e-6, np.quantile([0.0, *(h for case in cases for r in case.values() for h in r.entropy)], 0.99))
     body = []
     for case in cases:
@@ -335,13 +324,13 @@ def page(cases: Sequence[dict[str, Reading]], kinds: tuple[dict, dict]) -> str:
         for name, r in case.items():
             body.append(f'<div><h3>{visible(name)}</h3><div class="text" dir="ltr">')
             sentence = {i: kind for first, end, kind in r.sentences for i in range(first, end)}
-            for i, (piece, kind, h, likeliest) in enumerate(zip(r.pieces[:LONGEST], r.kinds, r.entropy, r.likeliest)):
+            for i, (piece, kind, h, likeliest) in enumerate(zip(r.pieces, r.kinds, r.entropy, r.likeliest)):
                 tip = "&#10;".join([f"{h:.3f} nats, token {i + 1}", f"{kind}; sentence: {sentence.get(i, 'none')}",
                                     *(f"{p:7.2%}  {visible(text, 40)}" for text, p in likeliest)])
                 marks = "t" + " p" * bool(kinds[0].get(kind)) + " r" * bool(kinds[1].get(sentence.get(i)))
                 body.append(f'<span class="{marks}" style="background:rgba(235,80,0,{min(1.0, h / darkest):.2f})" '
                             f'data-h="{tip}">{visible(piece)}</span>')
-            body.append(f"⟨{len(r.pieces) - LONGEST:,} more tokens⟩" * (len(r.pieces) > LONGEST) + "</div></div>")
+            body.append("</div></div>")
         body.append("</div>")
     frame = Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("DARKEST", f"{darkest:.2f}")
     return frame.replace("BODY", "".join(body))
@@ -372,11 +361,12 @@ def draw(comparisons: dict, file: Path) -> None:
         found = [(name, record["all"]) for name, record in models.items() if record["all"]]
         for shift, side, label, colour in ((-0.2, "mean", subject, "0.5"), (0.2, "others", "others", "0.8")):
             mean, ends = (np.array([c[side][x] for _, c in found]) for x in ("mean", "interval"))
-            axis.bar(np.arange(len(found)) + shift, mean, 0.38, yerr=abs(ends.reshape(-1, 2).T - mean), capsize=4,
-                     color=colour, label=label)
+            axis.bar(np.arange(len(found)) + shift, mean, 0.38, color=colour, label=label)
+            axis.vlines(np.arange(len(found)) + shift, *ends.reshape(-1, 2).T, color="0")
+        axis.margins(y=0.25)                                # room for the legend
         axis.set_xticks(range(len(found)), [name[-20:].replace("$", r"\$") for name, _ in found])
         axis.set(ylabel="mean entropy, nats", title=subject)
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, ncols=2, loc="upper center")
     figure.savefig(file, dpi=150)
 
 
@@ -408,13 +398,12 @@ def analyze(s: Settings) -> dict:
         for r in reversed(readings):
             cases.setdefault(r.problem, {})[name] = r
     shown, out = [cases[i] for i in sorted(cases)[:3]], Path(s.out)
-    report["answers"] = [{"problem": next(iter(case.values())).prompt} | {name: "".join(r.pieces) for name, r in case.items()}
-                         for case in shown]
+    report["answers"] = [{name: r.prompt + "\n" + "".join(r.pieces) for name, r in case.items()} for case in shown]
     print(f"{len(cases)} problems, {len(readings)} responses, entropies in nats, 95 % intervals over problems\n" + tables(report))
     out.mkdir(parents=True, exist_ok=True)
     (out / "responses.html").write_text(page(shown, kinds), encoding="utf-8")
-    text = json.dumps(json.loads(json.dumps(report), parse_constant=lambda _: None), indent=1)      # JSON has no nan
-    (out / "report.json").write_text(text + "\n")
+    plain = json.loads(json.dumps(report), parse_constant=lambda _: None)       # JSON has no nan
+    (out / "report.json").write_text(json.dumps(plain, indent=1) + "\n")
     draw(report["comparisons"], out / "entropy.png")
     return report
 

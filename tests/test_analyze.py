@@ -160,7 +160,7 @@ def test_countdown_report(tmp_path, capsys, qwen2):
     assert base["kind ="]["mean"]["mean"] < 0.01 < 0.5 < base["kind operand"]["mean"]["mean"]
     assert {name.split()[0] for name in base} == {"all", "position", "difficulty", "kind"}
     assert "base: pivotal tokens" in printed and "\x1b" not in printed
-    assert set(report["answers"][0]) == {"problem", "base", str(folder)} and len(report["answers"]) == 3
+    assert set(report["answers"][0]) == {"base", str(folder)} and len(report["answers"]) == 3
     parsed = Parsed((tmp_path / "out" / "responses.html").read_text())
     assert sum(tag == "h3" for tag, _ in parsed.elements) == 6              # three problems, two models
     from matplotlib import image

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from lab.analyze import (BREAK, PIVOTAL, WORD, decode_pieces, dissect_countdown, dissect_text, hidden_states, predictions,
-                         sentence_vectors)
+from lab.analyze import (BREAK, PIVOTAL, WORD, Settings, decode_pieces, dissect_countdown, dissect_text, hidden_states, predictions,
+                         read)
 from model import load
 from task import countdown_tokenizer
 
@@ -188,13 +188,20 @@ def test_entropies_and_alternatives_equal_a_dense_float64_computation(qwen2):
             assert i == want and q == pytest.approx([row[token] for token in want], abs=1e-5)
 
 
-def test_sentence_vectors_are_means_over_the_sentence_read_alone(qwen2):
-    folder, tokenizer = text_model(qwen2)
-    model, _ = load(folder)
+def test_sentence_vectors_are_means_over_the_sentence_read_alone(qwen2, tmp_path):
+    folder, tokenizer = text_model(qwen2, max_position_embeddings=2048)
     reference = Qwen2ForCausalLM.from_pretrained(folder)
     sentences = ["Add.", "Therefore the sum of all of them is odd.", "Add."]
+    file = tmp_path / "x.jsonl"
+    file.write_text("".join(json.dumps({"problem": f"{i}?", "response": x}) + "\n" for i, x in enumerate(sentences)))
     with torch.no_grad():
-        for text, got in zip(sentences, sentence_vectors(model, tokenizer, sentences), strict=True):
+        vectors, readings = read(str(folder), Settings(task="math", saved=str(file)))
+        for text, got in zip(sentences, vectors(sentences), strict=True):
             ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
             mean = reference.model(ids).last_hidden_state[0].mean(0)
             assert got.tolist() == pytest.approx((mean / mean.norm()).tolist(), abs=1e-5)
+        for r, text in zip(readings, sentences, strict=True):   # read in full: prompt, then response, shifted by one
+            prompt, ids = (tokenizer.encode(x, add_special_tokens=False) for x in (r.prompt, text))
+            p = reference(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1].softmax(-1)
+            assert r.entropy == pytest.approx((-(p * p.log()).sum(-1)).numpy(), abs=2e-5) and r.ids == ids
+            assert [q for three in r.likeliest for _, q in three] == pytest.approx(p.topk(3).values.flatten().tolist(), abs=1e-5)
