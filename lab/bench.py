@@ -9,11 +9,10 @@
 
 Both sides get the same weights, prompts and numbers of samples, and work in turn in one process, so that whatever else the
 machine does meets both. The first turn warms up and does not count. A ratio is the peer's seconds over ours in the same
-turn; medians and quartiles over the turns are printed. No gradient checkpointing; bf16 only where the name says so. The
-learning rate is 0: every turn starts from the same weights, and nothing here tells of quality.
+turn. The learning rate is 0: every turn starts from the same weights. No gradient checkpointing; bf16 only where it says so.
 
-What is not equal. Our sampler records log-probabilities and entropies, and generate does not; ours keeps its cache from turn
-to turn. Where lengths are natural, both draw anew every turn. TRL scores a rollout once more before it learns from it (we
+What is not equal. Our sampler records log-probabilities and entropies, and keeps its cache from turn to turn; generate does
+neither. Where lengths are natural, both draw anew every turn. TRL scores a rollout once more before it learns from it (we
 take the sampler's log-probabilities) and has no entropy line; it takes 16 sequences at a time, which is about our
 micro-batch and needs less memory than its 64 at a time, at the same speed.
 """
@@ -87,28 +86,22 @@ def quartiles(values: Sequence[float]) -> str:
     return f"{median:.3g} [{low:.3g}, {high:.3g}]"
 
 
-def table(taken: Turns) -> str:
-    """Rows "ours ...": their ratio to each of the other rows, turn by turn."""
-    ours, peers = ([name for name in taken if name.startswith("ours") == mine] for mine in (True, False))
-    lines = ["| | seconds | tokens per second |" + "".join(f" times {peer} |" for peer in peers), "|---" * (3 + len(peers)) + "|"]
+def table(taken: Turns, growth: bool = False) -> str:
+    """Rows "ours ...": their ratio to each of the other rows, turn by turn. Of growth, the time per token."""
+    ours, peers = ([name for name in taken if name.startswith("ours") == mine and not growth] for mine in (True, False))
+    heads = ["seconds", "microseconds per token" if growth else "tokens per second", *(f"times {peer}" for peer in peers)]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     for name, runs in taken.items():
-        cells = [quartiles([s for s, _ in runs]), f"{np.median([n / s for s, n in runs]):.0f}"]
+        cells = [quartiles([s for s, _ in runs]), f"{np.median([1e6 * s / n for s, n in runs]):.1f}" if growth else
+                 f"{np.median([n / s for s, n in runs]):.0f}"]
         cells += [quartiles([theirs / mine for (theirs, _), (mine, _) in zip(taken[peer], runs)]) if name in ours else ""
                   for peer in peers]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def growth_table(taken: Turns) -> str:
-    return "\n".join(["| | seconds | microseconds per token |", "|---|---|---|"] + [
-        f"| {name} | {quartiles([s for s, _ in runs])} | {np.median([1e6 * s / n for s, n in runs]):.1f} |"
-        for name, runs in taken.items()])
-
-
 def pick_model(shape: str, device: torch.device) -> Transformer:
-    if shape == "tiny":
-        return load("base", device)[0]
-    return Transformer(SHAPES[shape] | dict(model_type="qwen2", rms_norm_eps=1e-6, rope_theta=1e6)).to(device)
+    return load("base", device)[0] if shape == "tiny" else Transformer(SHAPES[shape] | dict(model_type="qwen2", rms_norm_eps=1e-6, rope_theta=1e6)).to(device)
 
 
 def peer_model(model: Transformer, dtype: torch.dtype = torch.float32):
@@ -129,9 +122,8 @@ def peer_generate(peer, prompts: Sequence[Sequence[int]], new_tokens: int, eos: 
     peer.generation_config.eos_token_id, peer.generation_config.pad_token_id = eos, 0
     made = peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                          max_new_tokens=new_tokens, **options)[:, ids.shape[1]:].cpu()                # [B, R]
-    if eos is None:
-        return made.numel()
-    return int((made == eos).int().cumsum(1).eq(0).sum() + (made == eos).any(1).sum())     # up to the first end token
+    counted = (made == eos).int().cumsum(1).sub((made == eos).int()).eq(0)      # up to the first end token
+    return int(counted.sum()) if eos is not None else made.numel()
 
 
 def settle(model: torch.nn.Module) -> None:
@@ -356,7 +348,7 @@ def bench(s: Settings) -> dict:
         elif command == "growth":
             record["growth"] = growth(s, device)
             for part, taken in record["growth"].items():
-                print(f"\ngrowth: {part}\n\n{growth_table(taken)}")
+                print(f"\ngrowth: {part}\n\n{table(taken, growth=True)}")
         elif command == "step":
             for equal in dict.fromkeys((s.equal, 0.0)):
                 taken = record[f"step, {equal:.0%} equal"] = trl_steps(s, device, equal, our_step(s, device, equal))
