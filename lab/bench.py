@@ -122,8 +122,9 @@ def peer_generate(peer, prompts: Sequence[Sequence[int]], new_tokens: int, eos: 
     peer.generation_config.eos_token_id, peer.generation_config.pad_token_id = eos, 0
     made = peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                          max_new_tokens=new_tokens, **options)[:, ids.shape[1]:].cpu()                # [B, R]
-    counted = (made == eos).int().cumsum(1).sub((made == eos).int()).eq(0)      # up to the first end token
-    return int(counted.sum()) if eos is not None else made.numel()
+    if eos is None:
+        return made.numel()
+    return int((made == eos).int().cumsum(1).eq(0).sum() + (made == eos).any(1).sum())     # up to the first end token
 
 
 def settle(model: torch.nn.Module) -> None:
