@@ -144,8 +144,8 @@ def decode_pieces(decode: Callable[[tuple[int, ...]], str], ids: Sequence[int]) 
 
 @dataclass
 class Reading:
-    """A response, taken apart and scored. Of each of its R tokens: piece (its text), kind, entropy in nats, and the three
-    likeliest in its place with their probabilities. Difficulty is higher where it is harder, nan where not known."""
+    """A response, taken apart and scored: of each of its R tokens the text, kind, entropy in nats and the three likeliest in
+    its place with their probabilities. Difficulty is higher where it is harder, nan where it is not known."""
     problem: int
     prompt: str
     ids: list[int]
@@ -229,7 +229,7 @@ def bootstrap(figures: Callable[[np.ndarray], np.ndarray], totals: np.ndarray) -
 
 def permutation_p(values: np.ndarray, label: np.ndarray, group: np.ndarray, permutations: int = PERMUTATIONS) -> float:
     """Two-sided p of the difference of means if labels are shuffled within each stretch of equal `group`: over all
-    arrangements, if there are no more than `permutations`, else that many at random. nan if no group has both labels."""
+    arrangements, if they are no more than `permutations`, else at random. nan if no group has both labels."""
     cuts = np.flatnonzero(np.diff(group)) + 1
     parts = [(v - v.mean(), l) for v, l in zip(np.split(values, cuts), np.split(label, cuts)) if 0 < l.sum() < len(l)]
     # Each group keeps its number of labels, so the difference of means grows with the sum over the labelled ones.
@@ -246,8 +246,7 @@ def permutation_p(values: np.ndarray, label: np.ndarray, group: np.ndarray, perm
 
 
 def compare(rows: dict[str, np.ndarray], label: np.ndarray) -> dict | None:
-    """The entropy of the labelled rows against that of the others: means, difference and Cohen's d, each with its
-    interval, and the permutation test. None unless there are at least two of both."""
+    """Entropy of the labelled rows and of the others: means, difference, Cohen's d; None if there are not two of both."""
     if min(label.sum(), (~label).sum()) < 2:
         return None
     problem = np.unique(rows["problem"], return_inverse=True)[1]
@@ -338,8 +337,8 @@ def page(cases: Sequence[dict[str, Reading]], kinds: tuple[dict, dict]) -> str:
 
 def tables(report: dict) -> str:
     """The report as text."""
-    interval = lambda figure: f"{figure['mean']:.3f} [{figure['interval'][0]:.3f}, {figure['interval'][1]:.3f}]".rjust(26)
-    line = lambda row, cells: f"{row:32}" + "".join(x.rjust(26) if isinstance(x, str) else interval(x) for x in cells)
+    interval = lambda figure: f"{figure['mean']:.3f} [{figure['interval'][0]:.3f}, {figure['interval'][1]:.3f}]".rjust(28)
+    line = lambda row, cells: f"{row:32}" + "".join(x.rjust(28) if isinstance(x, str) else interval(x) for x in cells)
     lines = [line("", [name[-24:] for name in report["behaviour"]])]
     for row in next(iter(report["behaviour"].values())):
         lines.append(line(row, [figures[row] for figures in report["behaviour"].values()]))
