@@ -323,13 +323,13 @@ def page(cases: Sequence[dict[str, Reading]], kinds: tuple[dict, dict]) -> str:
         for name, r in case.items():
             body.append(f'<div><h3>{visible(name)}</h3><div class="text" dir="ltr">')
             sentence = {i: kind for first, end, kind in r.sentences for i in range(first, end)}
-            for i, (piece, kind, h, likeliest) in enumerate(zip(r.pieces, r.kinds, r.entropy, r.likeliest)):
+            for i, (piece, kind, h, likeliest) in enumerate(zip(r.pieces[:10_000], r.kinds, r.entropy, r.likeliest)):
                 tip = "&#10;".join([f"{h:.3f} nats, token {i + 1}", f"{kind}; sentence: {sentence.get(i, 'none')}",
                                     *(f"{p:7.2%}  {visible(text, 40)}" for text, p in likeliest)])
                 marks = "t" + " p" * bool(kinds[0].get(kind)) + " r" * bool(kinds[1].get(sentence.get(i)))
                 body.append(f'<span class="{marks}" style="background:rgba(235,80,0,{min(1.0, h / darkest):.2f})" '
                             f'data-h="{tip}">{visible(piece)}</span>')
-            body.append("</div></div>")
+            body.append(f"⟨10,000 of {len(r.pieces):,} tokens⟩" * (len(r.pieces) > 10_000) + "</div></div>")
         body.append("</div>")
     frame = Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("DARKEST", f"{darkest:.2f}")
     return frame.replace("BODY", "".join(body))

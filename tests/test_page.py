@@ -47,3 +47,9 @@ def test_page_keeps_hostile_text_as_text():
     assert tokens[0]["data-h"].split("\n") == ["0.000 nats, token 1", "causal; sentence: verify",
                                                " 50.00%  </script><script>alert(1)</script>", " 30.00%  b", " 20.00%  c"]
     assert tokens[0]["style"].endswith(",0.00)") and tokens[11]["style"].endswith(",1.00)")
+
+
+def test_a_page_of_an_endless_response_is_not_endless():
+    r = Reading(0, "p", [0] * 100_000, ["x"] * 100_000, ["other"] * 100_000, [], np.ones(100_000), [[]] * 100_000, 1.0)
+    parsed = Parsed(page([{"a": r, "b": r}], TEXT))
+    assert sum("data-h" in a for _, a in parsed.elements) == 20_000 and parsed.text.count("⟨10,000 of 100,000 tokens⟩") == 2
