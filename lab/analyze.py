@@ -79,13 +79,14 @@ BREAK = re.compile(r"(?<!\n\d)(?<!\be\.g)(?<!\bi\.e)(?<!\bcf)[.!?](?:\$\$?|\\[)\
 @dataclass
 class Settings:
     models: tuple = flag((), "model folders, run folders or hub ids; the first is the base of the others", nargs="+", type=str)
-    task: str = flag("countdown", "whose validation problems; other tasks than countdown are taken apart as English")
+    task: str = flag("countdown", "countdown, or math, whose responses are taken apart as English")
+    data: str = flag("", "math: the training data, whose validation problems are taken")
+    template: str = flag("dapo", "math: how a problem is put", choices=("dapo", "qwen-math", "chat", "none"))
     saved: str = flag("", "read responses, do not sample: jsonl of problem, response (or solution) and, if known, level")
     problems: int = flag(50, "how many, from the start")
     samples: int = flag(16, "responses per problem")
     temperature: float = flag(1.0, "of the samples and of the entropies")
     max_new_tokens: int = flag(128, "longest response, in tokens")
-    encoder: str = flag("", "a sentence-transformers model for the sentence vectors")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
     out: str = flag("runs/analysis", "folder for the report, the picture and the page")
 
@@ -186,7 +187,7 @@ def read(name: str, s: Settings) -> tuple[Callable, list[Reading]]:
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ValueError(f"{s.saved}, line {number}, needs a problem and a response ({error!r})") from None
     else:
-        task, found = load_task(s.task), []
+        task, found = load_task(s.task, s.data, "", s.template), []
         problems = task.validation[:s.problems]
         sampler = Sampler(model, 256, max(len(task.encode(p, tokenizer)) for p in problems) + s.max_new_tokens, model.eos_ids)
         count_solved(sampler, tokenizer, task, problems, s.samples, s.max_new_tokens, s.temperature, 1.0, seed=0,
@@ -377,9 +378,6 @@ def analyze(s: Settings) -> dict:
     names, kinds, vectors = list(dict.fromkeys(s.models)), COUNTDOWN if s.task == "countdown" else TEXT, None
     for name in names:
         find_folder(name)                       # before the first is sampled
-    if s.encoder:
-        from sentence_transformers import SentenceTransformer
-        vectors = functools.partial(SentenceTransformer(s.encoder).encode, normalize_embeddings=True)
     subjects: dict = {"pivotal tokens": {}, "reflective actions": {}, "rare behaviours": {}}
     report, cases, base = {"settings": vars(s), "behaviour": {}, "comparisons": subjects}, {}, None
     tokens, sentences = lambda r: [(t, t + 1, kind) for t, kind in enumerate(r.kinds)], lambda r: r.sentences
@@ -391,7 +389,7 @@ def analyze(s: Settings) -> dict:
         subjects["reflective actions"][name] = comparisons(readings, sentences, kinds[1])
         texts = ["".join(r.pieces[a:b]).strip() for r in readings for a, b, _ in r.sentences]
         if base and texts:
-            far = nearest(*(torch.as_tensor(vectors(x), dtype=torch.float64) for x in (texts, base)))
+            far = nearest(vectors(texts), vectors(base))
             subjects["rare behaviours"][name] = comparisons(readings, sentences, {}, far.numpy())
         base = texts if base is None else base
         for r in reversed(readings):

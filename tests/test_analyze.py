@@ -186,7 +186,7 @@ def test_english_is_read_from_a_file_or_sampled(tmp_path, qwen2, monkeypatch):
         validation = [Problem("What is 1 + 1?", "2"), Problem("Prove it.", "")]
         encode = staticmethod(lambda p, tokenizer: tokenizer.encode("Q: " + p.prompt))
         reward = staticmethod(lambda p, response, finished: -1.0)
-    monkeypatch.setattr(lab.analyze, "load_task", lambda name: Stub)
+    monkeypatch.setattr(lab.analyze, "load_task", lambda *_: Stub)
     figures = analyze(Settings(models=(str(folder),), task="math", out=str(tmp_path / "out"), samples=2, max_new_tokens=30))
     assert 1 < figures["behaviour"][str(folder)]["tokens per response"]["mean"] <= 30
 
@@ -194,7 +194,7 @@ def test_english_is_read_from_a_file_or_sampled(tmp_path, qwen2, monkeypatch):
 @pytest.mark.parametrize("changes,message", [
     (dict(models=("nowhere/at/all",)), "no model folder"), (dict(samples=0), "at least 1"), (dict(temperature=0.0), "0.001"),
     (dict(task="x"), "unknown task"), (dict(saved="missing.jsonl"), "missing.jsonl"), (dict(problems=1), "two problems"),
-    (dict(encoder="x"), "sentence_transformers"), (dict(saved="[1]"), "line 1, needs a problem"), (dict(), None),
+    (dict(saved="[1]"), "line 1, needs a problem"), (dict(), None),
     (dict(saved='{"problem": "a"}'), "line 1, needs"), (dict(saved='{"problem": "a", "response": "\\ud800"}'), "line 1, needs"),
     (dict(saved='{"problem": "Add.", "response": "b"}\n{"problem": "A", "response": "c"}', task="math"), "words for all")])
 def test_bad_input_is_one_sentence(tmp_path, changes, message):

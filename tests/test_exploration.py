@@ -12,7 +12,7 @@ from transformers import Qwen2ForCausalLM
 from lab.analyze import (BREAK, PIVOTAL, WORD, Settings, decode_pieces, dissect_countdown, dissect_text, hidden_states, predictions,
                          read)
 from model import load
-from task import countdown_tokenizer
+from lab.pretrain import countdown_tokenizer
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 WORDS = re.compile(r"\s*\S+|\s+")           # a stand-in for a tokenizer: words with the space before them
