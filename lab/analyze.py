@@ -11,10 +11,10 @@ do (Section 6). Tables are printed; report.json, entropy.png (Figure 2) and resp
 
 Ours, where the paper is silent: most words, and the splitter (both err: "the first term" is sequential, "a check for $20"
 reflects); sentence vectors, means of the first model's last hidden states over the sentence read alone; 95 % intervals by a
-bootstrap over problems, since neither the tokens of a response nor the responses to a problem are independent; Cohen's d; a
-permutation test that shuffles labels within responses (it takes tokens for exchangeable, which neighbours are not: trust
-the intervals). End tokens are left out, and the last sentence of a response cut at the limit. Difficulty is minus the number
-of chains that solve a countdown, or a saved response's `level`. Longer responses repeat more n-grams, whatever they say.
+bootstrap over problems, since the responses to a problem are not independent; Cohen's d; a permutation test that shuffles
+labels within responses (it takes tokens for exchangeable, which neighbours are not: trust the intervals). End tokens are
+left out, and the last sentence of a response cut at the limit. Difficulty is minus the number of chains that solve a
+countdown, or a saved response's `level`.
 
 On countdown the pivotal tokens are the operators and the operands there is a choice of; the others are `=`, results and an
 operand when only one is left, whose entropy is near 0 by construction. Checks (`vs 23`), which come from the generator of the
@@ -159,7 +159,6 @@ class Reading:
 
 
 def hidden_states(model, ids: Sequence[int]) -> Tensor:
-    """[T, width]"""
     return model(torch.tensor([ids], device=model.head.device), torch.arange(len(ids), device=model.head.device)[None])[0]
 
 
@@ -337,7 +336,6 @@ def page(cases: Sequence[dict[str, Reading]], kinds: tuple[dict, dict]) -> str:
 
 
 def tables(report: dict) -> str:
-    """The report as text."""
     interval = lambda figure: f"{figure['mean']:.3f} [{figure['interval'][0]:.3f}, {figure['interval'][1]:.3f}]".rjust(28)
     line = lambda row, cells: f"{row:32}" + "".join(x.rjust(28) if isinstance(x, str) else interval(x) for x in cells)
     lines = [line("", [name[-24:] for name in report["behaviour"]])]
@@ -410,5 +408,3 @@ if __name__ == "__main__":
         analyze(parse_flags(Settings, __doc__))
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"lab.analyze: {error}")
-    except KeyboardInterrupt:
-        sys.exit("lab.analyze: stopped")
