@@ -21,7 +21,6 @@ import json
 import math
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Sequence
 
@@ -105,7 +104,7 @@ def bootstrap(values: np.ndarray, resamples: int = 10_000) -> np.ndarray:
 
 def count_solved(sampler: Sampler, tokenizer, task, problems: Sequence[Problem], samples: int, max_new_tokens: int,
                  temperature: float, top_p: float, seed: int, step: int = 0, progress: str | None = None,
-                 watch: Callable[[Problem, str, Episode], None] | None = None) -> dict:
+                 watch: Callable[[Problem, str, Episode], None] = lambda *_: None) -> dict:
     """Samples and grades: {"solved": right answers per problem, "samples": how many each had, "tokens": mean response
     length, "finished": share not cut at the limit}. Has random streams of its own. `watch` sees every response."""
     solved, tokens, finished = [0] * len(problems), 0, 0
@@ -119,8 +118,7 @@ def count_solved(sampler: Sampler, tokenizer, task, problems: Sequence[Problem],
             reward = task.reward(part[episode.prompt_index], response, episode.finished)
             solved[first + episode.prompt_index] += reward > 0
             tokens, finished = tokens + len(episode.response), finished + episode.finished
-            if watch:
-                watch(part[episode.prompt_index], response, episode)
+            watch(part[episode.prompt_index], response, episode)
     total = samples * len(problems)
     return {"solved": solved, "samples": samples, "tokens": tokens / total, "finished": finished / total}
 
@@ -144,16 +142,14 @@ def report(results: dict[str, dict], ks: Sequence[int]) -> tuple[str, dict]:
     return "\n".join([head, *rows, f"mean response length in tokens: {lengths}"]), record
 
 
-@dataclass
+@dataclasses.dataclass
 class Settings:
-    models: tuple = flag((), "model folders, run folders or hub ids; the first is what the others are compared with",
-                         nargs="+", type=str)
+    models: tuple = flag((), "folders or hub ids of models; the others are compared with the first", nargs="+", type=str)
     task: str = flag("countdown", "countdown or math")
     data: str = flag("", "math: the training data, whose splits are train and validation")
     test_data: str = flag("", "math: the test data")
     template: str = flag("dapo", "math: how a problem is put", choices=("dapo", "qwen-math", "chat", "none"))
-    split: str = flag("validation", "problems to use; keep test for the day when the settings are frozen",
-                      choices=("train", "validation", "test"))
+    split: str = flag("validation", "keep test for the day when all is frozen", choices=("train", "validation", "test"))
     problems: int = flag(200, "how many problems, from the start of the split (0: all)", least=0)
     samples: int = flag(256, "samples per problem, the n of Pass@K")
     k: str = flag("", "the K of Pass@K, separated by commas; by default 1,4,16,64,256 as far as --samples goes")

@@ -256,7 +256,7 @@ def load(path_or_hub_id: str, device: str | torch.device = "cpu",
     into its place: it is in memory once. FileNotFoundError or ValueError say in one sentence what is wrong."""
     from safetensors import SafetensorError, safe_open
 
-    folder, config = find_folder(path_or_hub_id), config_of(path_or_hub_id)
+    folder, config, tokenizer = opened(path_or_hub_id)
     with torch.device("meta"):                                      # shapes only; what is not read below is an error
         model = Transformer(config)
     wanted = dict(model.to(dtype).to_empty(device=device).state_dict())
@@ -275,9 +275,7 @@ def load(path_or_hub_id: str, device: str | torch.device = "cpu",
         except SafetensorError as error:
             raise ValueError(f"{file} is not a readable safetensors file ({error})") from None
     if wanted:
-        raise ValueError(f"{folder} lacks {len(wanted)} tensors, {next(iter(wanted))} among them; only safetensors "
-                         "files are read")
-    tokenizer = load_tokenizer(path_or_hub_id)
+        raise ValueError(f"{folder} lacks {len(wanted)} tensors, {min(wanted)} among them; only safetensors are read")
     generation = folder / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.exists() else None
     eos = next((e for e in (eos, config.get("eos_token_id"), tokenizer.eos_token_id) if e is not None), None)
@@ -287,21 +285,19 @@ def load(path_or_hub_id: str, device: str | torch.device = "cpu",
     return model, tokenizer
 
 
-def config_of(path_or_hub_id: str) -> dict:
-    config = read_json(file := find_folder(path_or_hub_id) / "config.json")
-    if "model_type" not in config:
-        raise ValueError(f"{file} names no model type; a run's folder holds a model once a step saved one")
-    check_supported(config)
-    return config
-
-
-def load_tokenizer(path_or_hub_id: str):
+def opened(path_or_hub_id: str) -> tuple[Path, dict, object]:
+    """A model without its weights: its folder, config.json and tokenizer."""
     from transformers import PreTrainedTokenizerFast
 
-    if not (find_folder(path_or_hub_id) / "tokenizer.json").exists():
-        raise FileNotFoundError(f"{find_folder(path_or_hub_id)} has no tokenizer.json")
+    folder = find_folder(path_or_hub_id)
+    config = read_json(folder / "config.json")
+    if "model_type" not in config:
+        raise ValueError(f"{folder}/config.json names no model type; a run's folder holds a model once a step saved one")
+    check_supported(config)
+    if not (folder / "tokenizer.json").exists():
+        raise FileNotFoundError(f"{folder} has no tokenizer.json")
     # Not AutoTokenizer: for model_type qwen2 it installs Qwen2's byte-level rules whatever tokenizer.json says.
-    return PreTrainedTokenizerFast.from_pretrained(find_folder(path_or_hub_id))
+    return folder, config, PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def find_folder(path_or_hub_id: str) -> Path:

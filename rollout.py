@@ -90,10 +90,6 @@ def truncate(z: Tensor, top_p: float) -> Tensor:
     return z.masked_fill(drop, -torch.inf)
 
 
-def rounded(length: int) -> int:
-    return -(-length // GROW_BY) * GROW_BY
-
-
 class Sampler:
     """`slots` sequences at a time, each of at most `max_length` tokens with its prompt. `dtype` is that of
     the decode weights and the cache (default: the model's own, and then no copy is made)."""
@@ -117,7 +113,7 @@ class Sampler:
     def allocate(self, rows: int) -> None:
         """Makes room for the longest sequences in `rows` slots, unless it is there."""
         if self.cache is None or self.cache.shape[2] < rows:
-            self.cache = self.decoder.new_cache(rows, rounded(self.max_length))
+            self.cache = self.decoder.new_cache(rows, -(-self.max_length // GROW_BY) * GROW_BY)
 
     def free(self) -> None:
         """Gives the cache back, before an update that needs the memory."""
@@ -197,7 +193,7 @@ class Sampler:
     def part(self, rows: int, length: int) -> Tensor:
         """The start of the buffer as a cache of `rows` and at least `length`. Without gaps: matrix products over a
         slice of a longer cache take twice as long (measured on a CPU)."""
-        shape = (*self.cache.shape[:2], rows, self.cache.shape[3], rounded(length), self.cache.shape[5])
+        shape = (*self.cache.shape[:2], rows, self.cache.shape[3], -(-length // GROW_BY) * GROW_BY, self.cache.shape[5])
         return self.cache.view(-1)[:math.prod(shape)].view(shape)
 
     def longer(self, cache: Tensor, length: int) -> Tensor:

@@ -17,10 +17,12 @@ import torch.distributed as dist
 from model import Transformer, head_size
 
 
-def plan(config: dict, s, length: int, rows: int, free: float) -> str:
+def plan(config: dict, s, length: int, rows: int, device: torch.device) -> str:
     """A table in GB for `rows` sequences of `length` tokens under train.py's settings `s`. ValueError with these numbers
-    and what may help if rollout or update needs more than `free` bytes. Activations are estimates from the tensors that
-    a layer keeps; the rest is counted."""
+    and what may help if rollout or update needs more than a GPU has free or this machine has. Activations are estimates
+    from the tensors that a layer keeps; the rest is counted."""
+    free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     with torch.device("meta"):
         count = sum(p.numel() for p in Transformer(config).parameters())
     models, half, mixed = 1 + (s.algo == "ppo"), s.weights == "bfloat16", s.dtype != s.weights

@@ -42,16 +42,9 @@ def numbers_of(prompt: str) -> list[int]:
 
 def apply_operator(total: int, operator: str, number: int) -> int | None:
     """total ∘ number, or None where the task forbids it: a result outside 0..99, an inexact division."""
-    if operator == "+":
-        result = total + number
-    elif operator == "-":
-        result = total - number
-    elif operator == "*":
-        result = total * number
-    elif operator == "/" and number != 0 and total % number == 0:
-        result = total // number
-    else:
+    if operator not in OPERATORS or operator == "/" and (number == 0 or total % number):
         return None
+    result = {"+": total + number, "-": total - number, "*": total * number, "/": total // (number or 1)}[operator]
     return result if 0 <= result <= LARGEST else None
 
 

@@ -30,7 +30,7 @@ from advantage import gae, group_advantage, policy_loss, shape_with_entropy, val
 from checkpoint import (append, explained, load_state, open_run, peak_memory, read_lines, resumed, save_run, step_times,
                         stop, summary, write_text)
 from evaluate import check_numbers, count_solved, flag, parse_flags, pick_device, report
-from model import Critic, Transformer, config_of, load, load_tokenizer, save, score
+from model import Critic, Transformer, load, opened, save, score
 from rollout import Episode, Sampler, collate, draw, micro_batches, per_token, seeded_generator, texts
 from scale import MasterAdamW, everyone, join, plan
 from task import load_task
@@ -106,6 +106,7 @@ def check(s: Settings) -> None:
             ("samples", s.samples > 1 or s.algo == "ppo", "at least 2: a group of one has no baseline to compare with"),
             ("critic_warmup", s.algo == "grpo" or s.critic_warmup < s.steps, "less than --steps, or the policy never moves"),
             ("minibatch", s.prompts % s.minibatch == 0, f"a divisor of --prompts, {s.prompts}"),
+            ("minibatch", s.minibatch % int(os.environ.get("WORLD_SIZE", 1)) == 0, "a multiple of the number of processes"),
             ("clip_low", s.clip_low < 1, "less than 1"), ("grad_clip", s.grad_clip > 0, "positive"),
             ("gamma", s.gamma <= 1, "at most 1"), ("lam", s.lam <= 1, "at most 1"),
             ("temperature", 1e-3 <= s.temperature <= 1e3, "from 0.001 to 1000"),
@@ -211,18 +212,14 @@ def train(s: Settings) -> Path | None:
     check(s)
     device, task = pick_device(s.device), load_task(s.task, s.data, s.test_data, s.template)
     rank, world = join(device)
-    if s.minibatch % world:
-        raise ValueError(f"--minibatch {s.minibatch} does not divide among {world} processes")
-    config, tokenizer, both = config_of(s.model), load_tokenizer(s.model), (task.train, task.validation[:s.eval_problems])
+    (_, config, tokenizer), both = opened(s.model), (task.train, task.validation[:s.eval_problems])
     size = {p: len(task.encode(p, tokenizer)) for part in both for p in part}
     problems, validation = ([p for p in part if size[p] <= s.max_prompt_tokens] for part in both)
     if not problems or not validation:
         raise ValueError(f"{s.task} has {len(problems)} training and {len(validation)} validation problems; both are needed")
     length = size[longest := max([*problems, *validation], key=size.get)] + s.max_new_tokens
     rows = min(s.slots, max(s.prompts * s.samples, len(validation) * max(s.eval_samples, s.final_samples)))
-    free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else
-            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    planned = plan(config, s, length, rows, free)
+    planned = plan(config, s, length, rows, device)
     if rank == 0:
         print(f"{planned}\nproblems with prompts of more than {s.max_prompt_tokens} tokens, left "
               f"out: {len(size) - len({*problems, *validation})}")
