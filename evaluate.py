@@ -12,8 +12,6 @@ Departs from the paper: it samples at T = 0.6, top-p 0.95 (`--preset paper`) and
 the distribution that was trained, T = 1 without truncation.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools

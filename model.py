@@ -13,8 +13,6 @@ Departs from Hugging Face: no attention mask argument. Sequences are padded on t
 hides the padding; the lengths say which tokens count.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import math
@@ -114,7 +112,8 @@ class Transformer(nn.Module):
         self.config = config
         self.eos_ids: tuple[int, ...] = ()
         self.recompute = False                  # keep only each layer's input for the backward pass
-        self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
+        table = torch.empty(config["vocab_size"], config["hidden_size"]).uniform_(-1, 1)    # normal numbers cost a second on meta
+        self.embed_tokens = nn.Embedding(*table.shape, _weight=table)
         self.layers = nn.ModuleList(Block(config) for _ in range(config["num_hidden_layers"]))
         self.norm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
         if not config.get("tie_word_embeddings", False):

@@ -10,8 +10,6 @@ temperature, truncated if top_p < 1). Training uses top_p = 1, and takes these l
 Departs from the paper: nothing in the maths; the paper samples with a serving engine (its framework's).
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import math

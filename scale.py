@@ -5,8 +5,6 @@ Departs from the paper: it trains with a framework that shards the model over ma
 it and a share of the prompts, so more processes save time, not memory.
 """
 
-from __future__ import annotations
-
 import os
 from datetime import timedelta
 from typing import Any

@@ -9,8 +9,6 @@ of 128 tokens instead of 8K, learning rates for 0.4 M parameters instead of 7 B.
 the paper does not state is the field's usual: weight decay, gradient clip, value clip, a constant learning rate.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
