@@ -90,8 +90,8 @@ def chains(numbers: tuple[int, ...]) -> Counter[int]:
 class Countdown:
     """All problems with `count` numbers from 1 to 9 and a target from 10 to 99 that at least `solutions` chains solve
     (three, because blind search almost never finds the only one), split by a hash of (sorted numbers, target): 90 %
-    train, 5 % validation, 5 % test. No problem is in two splits in any order of its numbers. The order of a split and of
-    the numbers in a prompt comes from the hash too, so the first 200 test problems are the same 200 everywhere."""
+    train, 5 % validation, 5 % test. No problem is in two splits in any order of its numbers. The order of a split, and
+    of the numbers in a prompt, is the hash's too, so the first 200 test problems are the same 200 everywhere."""
 
     timeouts = 0                # gradings that had to be stopped: none here, math has some
 
@@ -101,13 +101,14 @@ class Countdown:
             ways = chains(numbers)
             for target in (t for t in range(10, LARGEST + 1) if ways[t] >= solutions):
                 found.append((hashlib.sha256(f"{numbers} {target}".encode()).digest(), numbers, target))
-        self.train: list[Problem] = []
-        self.validation: list[Problem] = []
-        self.test: list[Problem] = []
+        train, validation, test = [], [], []
         for digest, numbers, target in sorted(found, key=lambda row: row[0][12:]):
-            split = {0: self.validation, 1: self.test}.get(int.from_bytes(digest[:4], "big") % 20, self.train)
+            split = {0: validation, 1: test}.get(int.from_bytes(digest[:4], "big") % 20, train)
             order = sorted(range(count), key=lambda i: digest[4 + i])
             split.append(Problem(f"{' '.join(str(numbers[i]) for i in order)} -> {target} ?", str(target)))
+        self.train: list[Problem] = train
+        self.validation: list[Problem] = validation
+        self.test: list[Problem] = test
 
     def encode(self, problem: Problem, tokenizer) -> list[int]:
         """Token ids of the prompt. The template is the prompt itself; this tokenizer has no BOS."""
