@@ -1,17 +1,16 @@
-"""A decoder of the Qwen2, Qwen3 and Llama 3 families in plain PyTorch, and everything that touches its weights. Read
-after train.py.
+"""Qwen2, Qwen3 and Llama 3 in plain PyTorch, and everything that touches their weights. Read after train.py.
 
     Transformer   tokens -> hidden states; explicit positions; an optional KV cache
     Critic        the same body with a scalar head, for PPO
     score         log-probabilities and entropies of given tokens, without ever holding all logits
     load, save    Hugging Face folders in and out; fp32 weights come back bit for bit
 
-Module and parameter names are Hugging Face's, so that a checkpoint loads without a translation table.
-`score` is where the paper's H_t comes from: the entropy over the full vocabulary, of the *current*
-policy, in the same forward pass that computes the policy loss.
+Module and parameter names are Hugging Face's, so that a checkpoint loads without a translation table. `score` is where
+the paper's H_t comes from: the entropy over the full vocabulary, of the *current* policy, in the same forward pass that
+computes the policy loss.
 
-Departs from Hugging Face: no attention mask argument. Sequences are padded on the right only, where
-causality already hides the padding; the lengths say which tokens count.
+Departs from Hugging Face: no attention mask argument. Sequences are padded on the right only, where causality already
+hides the padding; the lengths say which tokens count.
 """
 
 from __future__ import annotations
@@ -31,16 +30,6 @@ from checkpoint import read_json, whole
 SUPPORTED = ("qwen2", "qwen3", "llama")
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, Hugging Face's layout: the two halves of a head are the pairs.
     x [B, heads, T, d]; cos, sin [B, 1, T, d/2]."""
@@ -53,33 +42,29 @@ class Attention(nn.Module):
 
     def __init__(self, config: dict) -> None:
         super().__init__()
-        width, self.heads, self.kv_heads = (config[k] for k in ("hidden_size", "num_attention_heads",
-                                                                "num_key_value_heads"))
-        self.head_dim, bias = head_size(config), config["model_type"] == "qwen2"
-        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        width, self.head_dim, kind = config["hidden_size"], head_size(config), config["model_type"]
+        self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=kind == "qwen2")
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=kind == "qwen2")
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=kind == "qwen2")
         self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
-        self.normed = config["model_type"] == "qwen3"
-        if self.normed:
-            self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config["rms_norm_eps"]) for _ in range(2))
+        norm = lambda: nn.RMSNorm(self.head_dim, config["rms_norm_eps"]) if kind == "qwen3" else None
+        self.q_norm, self.k_norm = norm(), norm()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None, place: Tensor | None,
                 mask: Tensor | None) -> Tensor:
         batch, time, _ = x.shape
         split = lambda y, heads: y.view(batch, time, heads, self.head_dim).transpose(1, 2)
         qk = split(torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1), self.heads + self.kv_heads)
-        if self.normed:
+        if self.q_norm is not None:
             q, k = qk.split((self.heads, self.kv_heads), dim=1)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
         q, k = rotate(qk, cos, sin).split((self.heads, self.kv_heads), dim=1)   # [B, heads, T, d], [B, kv_heads, T, d]
         v = split(self.v_proj(x), self.kv_heads)                    # [B, kv_heads, T, d]
-        if mask is not None:
-            y = self.decode(q, k, v, cache, place, mask)
-        else:
-            if cache is not None:                                   # a prefill: rows start at position 0
-                cache[0, :, :, :time], cache[1, :, :, :time] = k, v
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        if cache is not None and mask is None:                      # a prefill: rows start at position 0
+            cache[0, :, :, :time], cache[1, :, :, :time] = k, v
+        y = (F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) if mask is None
+             else self.decode(q, k, v, cache, place, mask))
         return self.o_proj(y.transpose(1, 2).reshape(batch, time, -1))
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, place: Tensor, mask: Tensor) -> Tensor:
@@ -111,8 +96,8 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
-        self.post_attention_layernorm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
+        self.input_layernorm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
+        self.post_attention_layernorm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
 
     def forward(self, x: Tensor, *attention_arguments) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), *attention_arguments)
@@ -131,7 +116,7 @@ class Transformer(nn.Module):
         self.recompute = False                  # keep only each layer's input for the backward pass
         self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
         self.layers = nn.ModuleList(Block(config) for _ in range(config["num_hidden_layers"]))
-        self.norm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
+        self.norm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
         if not config.get("tie_word_embeddings", False):
             self.lm_head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
 
@@ -143,15 +128,13 @@ class Transformer(nn.Module):
     def new_cache(self, rows: int, length: int) -> Tensor:
         """Keys and values: [layers, 2, rows, kv_heads, length, head_dim]. Zeros, not empty: masked positions
         are multiplied by a weight of 0, and 0 * nan is nan."""
-        c = self.config
-        return torch.zeros(c["num_hidden_layers"], 2, rows, c["num_key_value_heads"], length, head_size(c),
-                           dtype=self.head.dtype, device=self.head.device)
+        attention = self.layers[0].self_attn
+        return self.head.new_zeros(len(self.layers), 2, rows, attention.kv_heads, length, attention.head_dim)
 
     def forward(self, tokens: Tensor, position: Tensor, cache: Tensor | None = None) -> Tensor:
-        """tokens, position [B, T] -> hidden states after the last norm [B, T, width].
-        Without a cache: causal attention over T. With one and T > 1: the same, and keys and values are
-        written to cache positions 0..T-1. With one and T = 1: each row's token goes to its own position
-        and attends to the cache up to there."""
+        """tokens, position [B, T] -> hidden states after the last norm [B, T, width]. Without a cache: causal attention
+        over T. With one and T > 1: the same, and keys and values are written to cache positions 0..T-1. With one and
+        T = 1: each row's token goes to its own position and attends to the cache up to there."""
         angle = position[:, None, :, None] * rope_frequency(self.config, tokens.device)     # [B, 1, T, d/2], fp32
         x = self.embed_tokens(tokens)                                               # [B, T, width]
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -159,21 +142,18 @@ class Transformer(nn.Module):
         if cache is not None and tokens.shape[1] == 1:
             kv_heads, length = cache.shape[3:5]
             rows = torch.arange(len(tokens) * kv_heads, device=tokens.device).view(-1, kv_heads) * length
-            place = (rows + position).flatten()                                     # of the new keys, rows laid end to end
-            hidden_keys = torch.arange(length, device=tokens.device) > position     # [B, L]
-            mask = torch.zeros(hidden_keys.shape, device=x.device, dtype=x.dtype).masked_fill_(hidden_keys, -torch.inf)
-            mask = mask[:, None]                                                    # [B, 1, L]
+            place = (rows + position).flatten()                     # of the new keys, rows laid end to end
+            hidden_keys = torch.arange(length, device=tokens.device) > position[:, None]            # [B, 1, L]
+            mask = x.new_zeros(hidden_keys.shape).masked_fill_(hidden_keys, -torch.inf)
+        recompute = self.recompute and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, None, None, None, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, None if cache is None else cache[i], place, mask)
+            arguments = (cos, sin, None if cache is None else cache[i], place, mask)
+            x = checkpoint(layer, x, *arguments, use_reentrant=False) if recompute else layer(x, *arguments)
         return self.norm(x)
 
 
 class Critic(nn.Module):
-    """PPO's value function: a copy of the policy's body with a scalar head, which starts at zero. The paper is silent
-    on its architecture."""
+    """PPO's value function: a copy of the policy's body and a scalar head that starts at zero (the paper is silent)."""
 
     def __init__(self, policy: Transformer) -> None:
         super().__init__()
@@ -200,9 +180,8 @@ def head_size(config: dict) -> int:
 
 def rope_of(config: dict) -> dict:
     """transformers 5 has it all in rope_parameters, earlier versions in rope_scaling and rope_theta."""
-    rope = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {}),
-            **(config.get("rope_parameters") or {})}
-    return rope | {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    return {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": rope.get("type", "default")} | rope
 
 
 def rope_frequency(config: dict, device: torch.device) -> Tensor:
@@ -225,11 +204,12 @@ def check_supported(config: dict) -> None:
               "num_key_value_heads", "rms_norm_eps")
     if missing := [name for name in needed if name not in config]:
         raise ValueError(f"the model's config.json lacks {', '.join(missing)}")
-    unusual = {"sliding-window attention": config.get("use_sliding_window", False)
-               or {*(config.get("layer_types") or ())} - {"full_attention"},
+    rope, activation = rope_of(config)["rope_type"], config.get("hidden_act", "silu")
+    sliding = config.get("use_sliding_window") or set(config.get("layer_types") or ()) - {"full_attention"}
+    unusual = {"sliding-window attention": sliding,
                "biases": config["model_type"] != "qwen2" and (config.get("attention_bias") or config.get("mlp_bias")),
-               f"RoPE scaling {rope_of(config)['rope_type']!r}": rope_of(config)["rope_type"] not in ("default", "llama3"),
-               f"activation {config.get('hidden_act')!r}": config.get("hidden_act", "silu") != "silu"}
+               f"RoPE scaling {rope!r}": rope not in ("default", "llama3"),
+               f"activation {activation!r}": activation != "silu"}
     if found := [name for name, present in unusual.items() if present]:
         raise ValueError(f"this {config['model_type']} checkpoint uses {found[0]}, which model.py does not implement")
 
@@ -239,7 +219,7 @@ def logp_entropy(hidden: Tensor, head: Tensor, target: Tensor, temperature: floa
     """Log-probability of `target` and entropy (nats, full vocabulary) of softmax(logits / temperature), in fp32.
     hidden [N, width], head [V, width], target [N] -> [N], [N]. H = logsumexp(z) - sum softmax(z) z."""
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):     # cast here: autocast's cached copy would sum the chunks' gradients in bfloat16
+    if torch.is_autocast_enabled(kind):     # cast here: autocast's cached copy would sum the chunks' gradients in bf16
         hidden, head = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, head))
     z = F.linear(hidden, head).float() / temperature                # [N, V]
     lse = z.logsumexp(dim=-1)                                       # [N]
@@ -250,12 +230,10 @@ def logp_entropy(hidden: Tensor, head: Tensor, target: Tensor, temperature: floa
 
 def score(model: Transformer, tokens: Tensor, prompt_len: Tensor, total_len: Tensor, temperature: float,
           chunk: int = 2048, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
-    """tokens [B, T] padded on the right, prompt_len [B], total_len [B] -> logp, entropy [B, T-1], fp32.
-    Column t speaks of token t+1; both are 0 outside the response. The head runs over `chunk` response
-    tokens at a time and is recomputed in the backward pass, so logits [B, T, V] never exist.
-    The entropy carries no gradient unless `entropy_grad` (which only an entropy bonus needs)."""
-    index = torch.arange(tokens.shape[1], device=tokens.device)
-    hidden = model(tokens, index.expand_as(tokens))                                     # [B, T, width]
+    """tokens [B, T] padded on the right, prompt_len, total_len [B] -> logp, entropy [B, T-1], fp32. Column t speaks of
+    token t+1; both are 0 outside the response. The head runs over `chunk` response tokens at a time and again in the
+    backward pass: logits [B, T, V] never exist. The entropy has a gradient only if `entropy_grad` (for its bonus)."""
+    hidden = model(tokens, torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens))   # [B, T, width]
     mask = response_mask(prompt_len, total_len, tokens.shape[1])                        # [B, T-1]
     rows, target = hidden[:, :-1][mask], tokens[:, 1:][mask]                            # [N, width], [N]
     pieces = [checkpoint(logp_entropy, r, model.head, t, temperature, entropy_grad, use_reentrant=False)
@@ -274,12 +252,11 @@ def response_mask(prompt_len: Tensor, total_len: Tensor, length: int) -> Tensor:
 
 def load(path_or_hub_id: str, device: str | torch.device = "cpu",
          dtype: torch.dtype = torch.float32) -> tuple[Transformer, object]:
-    """A Hugging Face folder (or hub id, "owner/name") -> (Transformer, tokenizer). Weights are read from safetensors,
-    one after the other into their places, so that they are in memory once. FileNotFoundError or ValueError say in one
-    sentence what is wrong."""
+    """A Hugging Face folder or hub id ("owner/name") -> (Transformer, tokenizer). Each weight is read from safetensors
+    into its place: it is in memory once. FileNotFoundError or ValueError say in one sentence what is wrong."""
     from safetensors import SafetensorError, safe_open
 
-    folder, config = find_folder(path_or_hub_id), config_of(path_or_hub_id)
+    folder, config, tokenizer = opened(path_or_hub_id)
     with torch.device("meta"):                                      # shapes only; what is not read below is an error
         model = Transformer(config)
     wanted = dict(model.to(dtype).to_empty(device=device).state_dict())
@@ -288,20 +265,17 @@ def load(path_or_hub_id: str, device: str | torch.device = "cpu",
             with safe_open(file, "pt") as saved:
                 for name in saved.keys():
                     new, place = saved.get_tensor(name), wanted.pop(name.removeprefix("model."), None)
-                    if place is None:       # some tied checkpoints store the head too, old ones RoPE's frequencies
-                        if not name.endswith(("lm_head.weight", "rotary_emb.inv_freq")):
-                            raise ValueError(f"{file} has a tensor {name} that config.json does not call for")
-                    elif place.shape != new.shape:
-                        raise ValueError(f"{name} in {file} is {tuple(new.shape)}, config.json wants "
-                                         f"{tuple(place.shape)}")
-                    else:
-                        place.copy_(new)
+                    if place is None and name.endswith(("lm_head.weight", "rotary_emb.inv_freq")):
+                        continue            # some tied checkpoints store the head too, old ones RoPE's frequencies
+                    if place is None:
+                        raise ValueError(f"{file} has a tensor {name} that config.json does not call for")
+                    if place.shape != new.shape:
+                        raise ValueError(f"{name} in {file} is {(*new.shape,)}, config.json wants {(*place.shape,)}")
+                    place.copy_(new)
         except SafetensorError as error:
             raise ValueError(f"{file} is not a readable safetensors file ({error})") from None
     if wanted:
-        raise ValueError(f"{folder} lacks {len(wanted)} tensors, {next(iter(wanted))} among them; only safetensors "
-                         "files are read")
-    tokenizer = load_tokenizer(path_or_hub_id)
+        raise ValueError(f"{folder} lacks {len(wanted)} tensors, {min(wanted)} among them; only safetensors are read")
     generation = folder / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.exists() else None
     eos = next((e for e in (eos, config.get("eos_token_id"), tokenizer.eos_token_id) if e is not None), None)
@@ -311,31 +285,27 @@ def load(path_or_hub_id: str, device: str | torch.device = "cpu",
     return model, tokenizer
 
 
-def config_of(path_or_hub_id: str) -> dict:
-    config = read_json(file := find_folder(path_or_hub_id) / "config.json")
-    if "model_type" not in config:
-        raise ValueError(f"{file} names no model type; a run's folder holds a model once a step saved one")
-    check_supported(config)
-    return config
-
-
-def load_tokenizer(path_or_hub_id: str):
+def opened(path_or_hub_id: str) -> tuple[Path, dict, object]:
+    """A model without its weights: its folder, config.json and tokenizer."""
     from transformers import PreTrainedTokenizerFast
 
-    if not (find_folder(path_or_hub_id) / "tokenizer.json").exists():
-        raise FileNotFoundError(f"{find_folder(path_or_hub_id)} has no tokenizer.json")
+    folder = find_folder(path_or_hub_id)
+    config = read_json(folder / "config.json")
+    if "model_type" not in config:
+        raise ValueError(f"{folder}/config.json names no model type; a run's folder holds a model once a step saved one")
+    check_supported(config)
+    if not (folder / "tokenizer.json").exists():
+        raise FileNotFoundError(f"{folder} has no tokenizer.json")
     # Not AutoTokenizer: for model_type qwen2 it installs Qwen2's byte-level rules whatever tokenizer.json says.
-    return PreTrainedTokenizerFast.from_pretrained(find_folder(path_or_hub_id))
+    return folder, config, PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def find_folder(path_or_hub_id: str) -> Path:
-    folder = Path(path_or_hub_id)
-    if (folder / "model" / "config.json").exists():                 # a run folder: its trained model
-        folder = folder / "model"
+    for folder in (Path(path_or_hub_id, "model"), Path(path_or_hub_id)):    # of a run folder, its trained model
+        if (folder / "config.json").exists():
+            return folder
     if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
-        return folder
+        raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
     if path_or_hub_id.count("/") != 1 or path_or_hub_id.startswith(("/", ".", "~")) or folder.parent.exists():
         raise FileNotFoundError(f"there is no model folder {path_or_hub_id}")
     from huggingface_hub import snapshot_download

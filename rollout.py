@@ -1,13 +1,11 @@
 """Batched KV-cached sampling: prompts in, episodes out. Read after task.py.
 
-A *slot* is one row of the cache. Every slot is at its own position, so nothing is ever padded on the
-left; a prompt runs through the model once and its keys and values are copied to its G samples; a slot
-takes the next sequence as soon as the host sees that its own has ended. The host looks only every few
-tokens: a finished slot writes into a spare column until then, and no step in between waits for the host.
+A *slot* is a row of the cache, at a position of its own: nothing is ever padded on the left. A prompt runs through the
+model once; its keys and values are copied to its G samples. A slot takes the next sequence when the host sees that its
+own has ended. The host looks every few tokens; till then the slot writes into a spare column, and no step waits for it.
 
-Each token is recorded with its log-probability and entropy under the distribution it was sampled from,
-in fp32 (temperature applied; truncation too, if top_p < 1). Training uses top_p = 1, and takes these
-log-probabilities as the old policy's.
+Each token is recorded with its log-probability and entropy under the distribution it was sampled from, in fp32 (at its
+temperature, truncated if top_p < 1). Training uses top_p = 1, and takes these log-probabilities as the old policy's.
 
 Departs from the paper: nothing in the maths; the paper samples with a serving engine (its framework's).
 """
@@ -67,8 +65,7 @@ def sample(logits: Tensor, temperature: float, top_p: float,
     The token is the first whose cumulative probability, in fp64, exceeds a uniform number: one number a row, where
     the usual argmax(p / E) takes an exponential one for every word of the vocabulary."""
     z = logits.float() / temperature                                    # [S, V]
-    if top_p < 1.0:
-        z = truncate(z, top_p)
+    z = truncate(z, top_p) if top_p < 1.0 else z
     lse = z.logsumexp(dim=-1, keepdim=True)
     p = (z - lse).exp()
     cdf = p.double().cumsum(dim=-1)
@@ -93,10 +90,6 @@ def truncate(z: Tensor, top_p: float) -> Tensor:
     return z.masked_fill(drop, -torch.inf)
 
 
-def rounded(length: int) -> int:
-    return -(-length // GROW_BY) * GROW_BY
-
-
 class Sampler:
     """`slots` sequences at a time, each of at most `max_length` tokens with its prompt. `dtype` is that of
     the decode weights and the cache (default: the model's own, and then no copy is made)."""
@@ -106,8 +99,7 @@ class Sampler:
         if not eos_ids:
             raise ValueError("the sampler needs at least one end-of-sequence id")
         self.model, self.slots, self.max_length, self.eos_ids = model, slots, max_length, tuple(eos_ids)
-        self.device = model.head.device
-        self.dtype = dtype or model.head.dtype
+        self.device, self.dtype = model.head.device, dtype or model.head.dtype
         self.decoder = model if self.dtype == model.head.dtype else copy.deepcopy(model).to(self.dtype)
         self.cache: Tensor | None = None
 
@@ -121,7 +113,7 @@ class Sampler:
     def allocate(self, rows: int) -> None:
         """Makes room for the longest sequences in `rows` slots, unless it is there."""
         if self.cache is None or self.cache.shape[2] < rows:
-            self.cache = self.decoder.new_cache(rows, rounded(self.max_length))
+            self.cache = self.decoder.new_cache(rows, -(-self.max_length // GROW_BY) * GROW_BY)
 
     def free(self) -> None:
         """Gives the cache back, before an update that needs the memory."""
@@ -135,7 +127,7 @@ class Sampler:
         slots and generator state: same episodes (bit for bit on a CPU). ValueError for an empty prompt, one that
         leaves no room for `max_new_tokens` (at least 1), a temperature outside 0.001..1000 or top_p outside (0, 1]."""
         if not 1e-3 <= temperature <= 1e3 or not 0 < top_p <= 1 or max_new_tokens < 1:
-            raise ValueError(f"sampling needs temperature > 0 (0.001 to 1000), 0 < top_p <= 1 and a new token at least, "
+            raise ValueError("sampling needs temperature > 0 (0.001 to 1000), 0 < top_p <= 1 and a new token at least, "
                              f"not {temperature}, {top_p} and {max_new_tokens}")
         longest = max(map(len, prompts), default=1)
         if min(map(len, prompts), default=1) < 1 or longest + max_new_tokens > self.max_length:
@@ -147,71 +139,61 @@ class Sampler:
         bar = tqdm(total=len(queue), desc=progress, unit="seq", leave=False, disable=None if progress else True)
         self.allocate(rows)
         cache = self.part(rows, longest)                                # [layers, 2, S, kv_heads, L, d]
-        owner = [-1] * rows                                             # the episode in each slot; -1: free
-        zeros = lambda *shape, dtype=torch.int64: torch.zeros(*shape, dtype=dtype, device=self.device)
-        token, position, count = zeros(rows), zeros(rows), zeros(rows)  # [S]
-        alive = zeros(rows, dtype=torch.bool)
-        # One spare column at the end, where slots that have finished (or are free) write.
-        tokens = zeros(rows, max_new_tokens + 1)
-        logps, entropies = (zeros(rows, max_new_tokens + 1, dtype=torch.float32) for _ in range(2))
-        eos = torch.tensor(self.eos_ids, device=self.device)
+        busy: dict[int, int] = {}                                       # slot -> its episode; the other slots are free
+        on_device = lambda values: torch.tensor(values, device=self.device)
+        zeros = lambda kind, *shape: torch.zeros(*shape, dtype=kind, device=self.device)
+        token, position, count, alive = (zeros(kind, rows) for kind in 3 * [torch.int64] + [torch.bool])    # [S] each
+        # Tokens, logps, entropies [S, R + 1]: the last column is spare, for slots that have finished (or are free).
+        records = [zeros(kind, rows, max_new_tokens + 1) for kind in (torch.int64, torch.float32, torch.float32)]
+        eos = on_device(self.eos_ids)
         bank, bank_first, bank_end = None, 0, 0                         # the prompts prefilled last
 
-        while started < len(queue) or max(owner, default=-1) >= 0:
-            free = [slot for slot in range(rows) if owner[slot] < 0]
-            while free and started < len(queue):                        # refill
+        while started < len(queue) or busy:
+            while started < len(queue) and len(busy) < rows:            # refill
                 if queue[started] >= bank_end:
                     bank_first = queue[started]
                     bank, bank_end = self.prefill(prompts, bank_first)
-                take = [i for i in range(started, min(started + len(free), len(queue))) if queue[i] < bank_end]
-                slots, free = free[:len(take)], free[len(take):]
-                for slot, i in zip(slots, take):
-                    owner[slot] = i
-                started += len(take)
-                slots = torch.tensor(slots, device=self.device)
-                source = torch.tensor([queue[i] - bank_first for i in take], device=self.device)
-                cache[:, :, slots, :, :bank.shape[4]] = bank[:, :, source]
-                token[slots] = torch.tensor([prompts[queue[i]][-1] for i in take], device=self.device)
-                position[slots] = torch.tensor([len(prompts[queue[i]]) - 1 for i in take], device=self.device)
+                free = (slot for slot in range(rows) if slot not in busy)
+                fresh = {slot: i for slot, i in zip(free, range(started, len(queue))) if queue[i] < bank_end}
+                busy |= fresh
+                started += len(fresh)
+                slots, chosen = on_device([*fresh]), [queue[i] for i in fresh.values()]
+                cache[:, :, slots, :, :bank.shape[4]] = bank[:, :, on_device([j - bank_first for j in chosen])]
+                token[slots] = on_device([prompts[j][-1] for j in chosen])
+                position[slots] = on_device([len(prompts[j]) - 1 for j in chosen])
                 count[slots], alive[slots] = 0, True
 
             reach = min(int(position.max()) + CHECK_EVERY, self.max_length)     # no row gets further in this round
-            if reach > cache.shape[4]:
-                cache = self.longer(cache, reach)
+            cache = self.longer(cache, reach) if reach > cache.shape[4] else cache
             for _ in range(CHECK_EVERY):                                # decode
                 hidden = self.decoder(token[:, None], position[:, None], cache)[:, 0]   # [S, width]
                 drawn, logp, entropy = sample(F.linear(hidden, self.decoder.head), temperature, top_p, generator)
                 column = torch.where(alive, count, max_new_tokens)[:, None]                 # [S, 1]
-                tokens.scatter_(1, column, drawn[:, None])
-                logps.scatter_(1, column, logp[:, None])
-                entropies.scatter_(1, column, entropy[:, None])
+                for record, new in zip(records, (drawn, logp, entropy)):
+                    record.scatter_(1, column, new[:, None])
                 count += alive
                 alive &= ~torch.isin(drawn, eos) & (count < max_new_tokens)
                 token = torch.where(alive, drawn, token)
                 position += alive                                       # a finished slot stays where it is
 
-            lengths = count.tolist()                                    # harvest: flags and lengths to the host
-            for slot, still in enumerate(alive.tolist()):
-                if owner[slot] >= 0 and not still:
-                    i, n = owner[slot], lengths[slot]
-                    response = tokens[slot, :n].cpu().clone()
-                    episodes[i] = Episode(torch.tensor(prompts[queue[i]]), response, logps[slot, :n].cpu().clone(),
-                                          entropies[slot, :n].cpu().clone(), int(response[-1]) in self.eos_ids, queue[i])
-                    owner[slot] = -1
+            for slot, (n, goes_on) in enumerate(zip(count.tolist(), alive.tolist())):   # harvest: both come to the host
+                if slot in busy and not goes_on:
+                    i, (response, *numbers) = busy.pop(slot), (record[slot, :n].cpu().clone() for record in records)
+                    finished = int(response[-1]) in self.eos_ids
+                    episodes[i] = Episode(torch.tensor(prompts[queue[i]]), response, *numbers, finished, queue[i])
                     bar.update()
-            busy = [slot for slot in range(rows) if owner[slot] >= 0]
             if started == len(queue) and 0 < len(busy) <= rows // 2:    # the tail: go on with the busy rows only
-                keep, rows, owner = torch.tensor(busy, device=self.device), len(busy), [owner[slot] for slot in busy]
-                cache, token, position = cache[:, :, keep], token[keep], position[keep]
-                count, alive = count[keep], alive[keep]
-                tokens, logps, entropies = tokens[keep], logps[keep], entropies[keep]
+                kept = sorted(busy)
+                rows, busy, keep = len(kept), {row: busy[slot] for row, slot in enumerate(kept)}, on_device(kept)
+                token, position, count, alive, *records = (x[keep] for x in (token, position, count, alive, *records))
+                cache = cache[:, :, keep]
         bar.close()
         return episodes
 
     def part(self, rows: int, length: int) -> Tensor:
         """The start of the buffer as a cache of `rows` and at least `length`. Without gaps: matrix products over a
         slice of a longer cache take twice as long (measured on a CPU)."""
-        shape = (*self.cache.shape[:2], rows, self.cache.shape[3], rounded(length), self.cache.shape[5])
+        shape = (*self.cache.shape[:2], rows, self.cache.shape[3], -(-length // GROW_BY) * GROW_BY, self.cache.shape[5])
         return self.cache.view(-1)[:math.prod(shape)].view(shape)
 
     def longer(self, cache: Tensor, length: int) -> Tensor:
@@ -224,19 +206,13 @@ class Sampler:
         return grown
 
     def prefill(self, prompts: Sequence[Sequence[int]], first: int) -> tuple[Tensor, int]:
-        """Runs prompts[first:end] through the model, as many as the token budget allows, all but their last
-        token, which the first decode step takes. Returns their keys and values
-        [layers, 2, prompts, kv_heads, T, d] and `end`."""
-        end, longest = first, 1
-        while end < len(prompts):
-            wider = max(longest, len(prompts[end]) - 1)
-            if end > first and wider * (end + 1 - first) > PREFILL_TOKENS:
-                break
-            end, longest = end + 1, wider
-        batch = torch.zeros(end - first, longest, dtype=torch.int64)    # [prompts, T], padded on the right
-        for row, prompt in zip(batch, prompts[first:end]):
-            row[:len(prompt) - 1] = torch.tensor(prompt[:-1], dtype=torch.int64)
-        bank = self.decoder.new_cache(end - first, longest)
+        """Runs prompts[first:end], all but their last tokens (which the first decode step takes), through the model, as
+        many as the token budget allows -> their keys and values [layers, 2, prompts, kv_heads, T, d], and `end`."""
+        end, longest = first + 1, max(1, len(prompts[first]) - 1)
+        while end < len(prompts) and max(longest, len(prompts[end]) - 1) * (end + 1 - first) <= PREFILL_TOKENS:
+            longest, end = max(longest, len(prompts[end]) - 1), end + 1
+        batch = pad_sequence([torch.tensor(prompt[:-1] or [0]) for prompt in prompts[first:end]], batch_first=True)
+        bank = self.decoder.new_cache(*batch.shape)                     # batch [prompts, T]; 0 where there is no token
         self.decoder(batch.to(self.device), torch.arange(longest, device=self.device).expand(*batch.shape), bank)
         return bank, end
 

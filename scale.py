@@ -1,19 +1,14 @@
 """What a model needs that outgrows a laptop: memory that is known beforehand, bfloat16 weights, several processes. Read
 after checkpoint.py.
 
-    plan             what weights, optimizer, cache and activations will take, before anything is allocated
-    MasterAdamW      AdamW for bfloat16 weights, with a float32 master of each
-    join, everyone   the processes of torchrun, and what each of them has
-
-Every process holds a whole model (nothing is sharded but the prompts), so more of them save time, not memory.
-Departs from the paper: it trains with a framework that shards the model over many cards.
+Departs from the paper: it trains with a framework that shards the model over many cards. Here every process holds all of
+it and a share of the prompts, so more processes save time, not memory.
 """
 
 from __future__ import annotations
 
 import os
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,18 +17,12 @@ import torch.distributed as dist
 from model import Transformer, head_size
 
 
-def available(device: torch.device) -> float:
-    """Bytes that are free on the device; infinity where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    info = Path("/proc/meminfo")
-    return int(info.read_text().partition("MemAvailable:")[2].split()[0]) * 1024 if info.exists() else float("inf")
-
-
-def plan(config: dict, s, length: int, rows: int, free: float) -> str:
+def plan(config: dict, s, length: int, rows: int, device: torch.device) -> str:
     """A table in GB for `rows` sequences of `length` tokens under train.py's settings `s`. ValueError with these numbers
-    and what may help if rollout or update needs more than `free` bytes. Activations are estimates from the tensors that
-    a layer keeps; the rest is counted."""
+    and what may help if rollout or update needs more than a GPU has free or this machine has. Activations are estimates
+    from the tensors that a layer keeps; the rest is counted."""
+    free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     with torch.device("meta"):
         count = sum(p.numel() for p in Transformer(config).parameters())
     models, half, mixed = 1 + (s.algo == "ppo"), s.weights == "bfloat16", s.dtype != s.weights
@@ -52,41 +41,35 @@ def plan(config: dict, s, length: int, rows: int, free: float) -> str:
              + ", ".join(f"{name} {value / 1e9:.3g}" for name, value in size.items() if value)
              + f"; a rollout needs {rollout / 1e9:.3g}, an update {update / 1e9:.3g}")
     if max(update, rollout) > free:
-        helps = [text for text, some in (
-            ("--slots", rollout > free), ("--micro-tokens or --chunk", update > free)) if some]
-        more = [text for text, some in (("--recompute", update > free and not s.recompute), (
-            "--weights bfloat16 --dtype bfloat16", not half), ("--algo grpo, which needs no critic", models > 1)) if some]
-        raise ValueError(f"{table}, but {free / 1e9:.3g} are free; what may help: less {' and '.join(helps)}"
-                         + "".join(f", {text}" for text in more) + ", a smaller model")
+        raise ValueError(f"{table}, but there are {free / 1e9:.3g}; what may help: fewer --slots, less --micro-tokens or "
+                         "--chunk, --recompute, --weights bfloat16 --dtype bfloat16, --algo grpo, a smaller model")
     return table
 
 
 class MasterAdamW(torch.optim.Optimizer):
-    """AdamW for bfloat16 weights, in which an update of 1e-6 would be lost: it goes into a float32 master, of which the
-    weight is the rounded copy. The first moment is bfloat16; the second stays float32, because 1 - 0.999 is less than
-    what bfloat16 resolves. 14 bytes per weight with its gradient, instead of 16."""
+    """AdamW for bfloat16 weights, in which a step of 1e-6 would be lost: each is the rounded copy of a float32 master.
+    The first moment is bfloat16; the second stays float32, because bfloat16 does not resolve 1 - 0.999. 14 bytes per
+    weight with its gradient, instead of 16."""
 
     def __init__(self, parameters, lr: float, weight_decay: float) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
-        for p in (p for group in self.param_groups for p in group["params"]):
+        for p in self.param_groups[0]["params"]:
             self.state[p] = {"step": torch.zeros(()), "master": p.detach().to(torch.float32, copy=True),
                              "exp_avg": torch.zeros_like(p, dtype=torch.bfloat16),
                              "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32)}
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                state["step"] += 1
-                gradient, t = p.grad.float(), float(state["step"])
-                mean = state["exp_avg"].float().lerp_(gradient, 1 - 0.9)
-                square = state["exp_avg_sq"].mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
-                root = (square / (1 - 0.999 ** t)).sqrt_().add_(1e-8)
-                state["master"].mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(
-                    mean, root, value=-group["lr"] / (1 - 0.9 ** t))
-                state["exp_avg"].copy_(mean)
-                p.copy_(state["master"])
+        lr, decay = (self.param_groups[0][name] for name in ("lr", "weight_decay"))
+        for p, state in self.state.items():
+            state["step"] += 1
+            gradient, t = p.grad.float(), float(state["step"])
+            mean = state["exp_avg"].float().lerp_(gradient, 1 - 0.9)
+            square = state["exp_avg_sq"].mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
+            root = (square / (1 - 0.999 ** t)).sqrt_().add_(1e-8)
+            state["master"].mul_(1 - lr * decay).addcdiv_(mean, root, value=-lr / (1 - 0.9 ** t))
+            state["exp_avg"].copy_(mean)
+            p.copy_(state["master"])
 
 
 def join(device: torch.device) -> tuple[int, int]:
@@ -97,7 +80,7 @@ def join(device: torch.device) -> tuple[int, int]:
 
 
 def everyone(mine: Any) -> list:
-    """What each process passed, in the order of ranks. All of them must call it. Waits for the last."""
+    """What each process passed, in the order of ranks; all of them must call it."""
     if not dist.is_initialized():
         return [mine]
     found = [None] * dist.get_world_size()

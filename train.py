@@ -1,14 +1,12 @@
 """The loop: sample -> reward -> advantage -> (score, shape, loss, step). Read after advantage.py.
 
-`python train.py` trains the embedded base model on countdown with GRPO and the paper's line; every setting
-below is a flag. The whole method is `train` and `update`, one screen each. `--algo ppo` takes a critic's word
-for what is usual where GRPO takes the group's mean; the rest is the same.
+`python train.py` trains the embedded base model on countdown with GRPO and the paper's line; every setting below is a
+flag. The whole method is `train` and `update`, one screen each. `--algo ppo` takes a critic's word for what is usual
+where GRPO takes the group's mean; the rest is the same.
 
-Departs from the paper: scaled down. 32 prompts x 16 samples and 8 updates per rollout instead of 512 x 8 and
-16, responses of 128 tokens instead of 8K, learning rates for 0.4 M parameters instead of 7 B. As in the
-paper: kappa 2, alpha 0.4 (PPO 0.1), clip 0.2 / 0.28, token-level mean, no KL term, no entropy term, reward
-+1 / -1, gamma = lambda = 1, 10 steps in which only the critic learns. `--preset paper-grpo` and `paper-ppo` set all
-of the paper's numbers; what it does not state (steps, weight decay, gradient clip, the value clip) stays as it is here.
+Departs from the paper: scaled down. 32 prompts x 16 samples and 8 updates per rollout instead of 512 x 8 and 16, responses
+of 128 tokens instead of 8K, learning rates for 0.4 M parameters instead of 7 B. As in the paper: the rest of PRESETS. What
+the paper does not state is the field's usual: weight decay, gradient clip, value clip, a constant learning rate.
 """
 
 from __future__ import annotations
@@ -16,12 +14,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -33,9 +30,9 @@ from advantage import gae, group_advantage, policy_loss, shape_with_entropy, val
 from checkpoint import (append, explained, load_state, open_run, peak_memory, read_lines, resumed, save_run, step_times,
                         stop, summary, write_text)
 from evaluate import check_numbers, count_solved, flag, parse_flags, pick_device, report
-from model import Critic, Transformer, config_of, load, load_tokenizer, save, score
+from model import Critic, Transformer, load, opened, save, score
 from rollout import Episode, Sampler, collate, draw, micro_batches, per_token, seeded_generator, texts
-from scale import MasterAdamW, available, everyone, join, plan
+from scale import MasterAdamW, everyone, join, plan
 from task import load_task
 
 PAPER = dict(task="math", template="dapo", prompts=512, samples=8, minibatch=32, lr=1e-6, kappa=2.0, clip_low=0.2,
@@ -45,7 +42,7 @@ PRESETS = {"paper-grpo": PAPER | dict(algo="grpo", alpha=0.4),
            "paper-ppo": PAPER | dict(algo="ppo", alpha=0.1, critic_lr=2e-6, critic_warmup=10, gamma=1.0, lam=1.0)}
 
 
-@dataclass
+@dataclasses.dataclass
 class Settings:
     name: str = flag("", "the run's folder under --out; by default the settings that differ from the defaults")
     out: str = flag("runs", "where run folders go")
@@ -67,8 +64,7 @@ class Settings:
     lr: float = flag(2e-4, "AdamW's learning rate, constant")
     weight_decay: float = flag(0.01, "AdamW's weight decay")
     grad_clip: float = flag(1.0, "largest gradient norm")
-    alpha: float = flag(None, "weight of the entropy in the paper's line; by default 0.4 for grpo, 0.1 for ppo; 0: without "
-                              "the line", type=float)
+    alpha: float = flag(None, "weight of the entropy in the line (0: no line); by default 0.4 for grpo, 0.1 for ppo", type=float)
     kappa: float = flag(2.0, "psi is at most |A| / kappa")
     clip_low: float = flag(0.2, "the ratio counts down to 1 - clip_low")
     clip_high: float = flag(0.28, "the ratio counts up to 1 + clip_high (clip-higher)")
@@ -93,15 +89,13 @@ class Settings:
     seed: int = flag(0, "of data order and sampling", least=0)
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
     dtype: str = flag("float32", "of sampling and scoring", choices=("float32", "bfloat16"))
-    weights: str = flag("float32", "of the weights that are trained; bfloat16 (for 7B on one card) has a float32 master in "
-                                   "the optimizer", choices=("float32", "bfloat16"))
+    weights: str = flag("float32", "of training; bfloat16 has a float32 master in the optimizer", choices=("float32", "bfloat16"))
     decode_dtype: str = flag(None, "of sampling alone, if it is not --dtype", choices=("float32", "bfloat16"), type=str)
 
     def __post_init__(self) -> None:
         if self.alpha is None:
             self.alpha = {"grpo": 0.4, "ppo": 0.1}[self.algo]
-        if self.decode_dtype is None:
-            self.decode_dtype = self.dtype
+        self.decode_dtype = self.decode_dtype or self.dtype
 
 
 def check(s: Settings) -> None:
@@ -112,6 +106,7 @@ def check(s: Settings) -> None:
             ("samples", s.samples > 1 or s.algo == "ppo", "at least 2: a group of one has no baseline to compare with"),
             ("critic_warmup", s.algo == "grpo" or s.critic_warmup < s.steps, "less than --steps, or the policy never moves"),
             ("minibatch", s.prompts % s.minibatch == 0, f"a divisor of --prompts, {s.prompts}"),
+            ("minibatch", s.minibatch % int(os.environ.get("WORLD_SIZE", 1)) == 0, "a multiple of the number of processes"),
             ("clip_low", s.clip_low < 1, "less than 1"), ("grad_clip", s.grad_clip > 0, "positive"),
             ("gamma", s.gamma <= 1, "at most 1"), ("lam", s.lam <= 1, "at most 1"),
             ("temperature", 1e-3 <= s.temperature <= 1e3, "from 0.001 to 1000"),
@@ -131,14 +126,11 @@ def run_name(s: Settings) -> str:
 
 def update(model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[Episode], old_logp: Tensor,
            advantage: Tensor, s: Settings) -> Counter:
-    """One optimizer step of the policy on the episodes of a minibatch; old_logp, advantage [N, R], one per response
-    token, 0 beyond. Returns policy_loss's sums, the sums of psi / |A| and of the gap to the sampler, the largest gap,
-    the norm, and the seconds of scoring."""
+    """One optimizer step of the policy on a minibatch; old_logp, advantage [N, R], one per response token, 0 beyond.
+    Returns policy_loss's sums, those of psi / |A| and of the gap to the sampler, the largest gap and the gradient norm."""
     device, total = model.head.device, Counter()
-    # of the whole step, on all processes, whatever is left out below
-    denominator = sum(everyone(sum(len(e.response) for e in episodes)))
-    # Without a KL or entropy term, A = 0 means no gradient: such sequences need no forward pass.
-    everything = not s.skip_zero or s.entropy_coef > 0
+    denominator = sum(everyone(sum(len(e.response) for e in episodes)))     # of the whole step, whatever is left out below
+    everything = not s.skip_zero or s.entropy_coef > 0          # else A = 0 means no gradient and needs no forward pass
     live = [i for i, some in enumerate((advantage != 0).any(1).tolist()) if some or everything]
     for batch in micro_batches([episodes[i] for i in live], s.micro_tokens):
         batch = [live[i] for i in batch]
@@ -155,11 +147,9 @@ def update(model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[
         if s.entropy_coef > 0:
             loss = loss - s.entropy_coef * torch.where(mask, entropy, 0.0).sum() / denominator
         loss.backward()
-
-        with torch.no_grad():
-            share = torch.where(mask & (plain != 0), (shaped - plain) / plain.abs(), 0.0)           # psi / |A|
-            gap = (logp - old).abs()[mask]
-            sums |= {"loss": loss.detach(), "shaping": share.sum(), "gap": gap.sum()}
+        share = torch.where(mask & (plain != 0), (shaped - plain) / plain.abs(), 0.0)               # psi / |A|
+        gap = (logp.detach() - old).abs()[mask]
+        sums |= {"loss": loss.detach(), "shaping": share.sum(), "gap": gap.sum()}
         total.update({name: float(value) for name, value in sums.items()})
         total["gap_max"] = max(total["gap_max"], float(gap.max()))
     return descend(model, optimizer, total, s)
@@ -181,36 +171,25 @@ def update_critic(critic: Critic, optimizer: torch.optim.Optimizer, episodes: li
 
 
 @torch.no_grad()
-def values_of(critic: Critic, episodes: list[Episode], s: Settings) -> Tensor:
-    """The critic's value of the state before every response token, [N, R]."""
-    values: list[Tensor] = [torch.empty(0)] * len(episodes)
-    for batch in micro_batches(episodes, s.micro_tokens):
-        tokens, _, _, mask = collate([episodes[i] for i in batch], critic.value.weight.device)
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
-            found = critic(tokens)[mask].cpu()
-        for i, row in zip(batch, found.split([len(episodes[i].response) for i in batch])):
-            values[i] = row
-    return per_token(values)[0]
-
-
 def critic_advantage(critic: Critic, episodes: list[Episode], reward: Tensor, counted: Tensor,
                      s: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """reward [N], counted [N, R] -> whitened advantage, value, return, [N, R]. The reward is at the last token."""
-    value, at_end = values_of(critic, episodes, s), torch.zeros(counted.shape)
+    value, at_end = torch.zeros(counted.shape), torch.zeros(counted.shape)
+    for batch in micro_batches(episodes, s.micro_tokens):
+        tokens, _, _, mask = collate([episodes[i] for i in batch], critic.value.weight.device)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
+            value[batch] = value[batch].masked_scatter(counted[batch], critic(tokens)[mask].cpu())
     at_end[torch.arange(len(reward)), counted.sum(1) - 1] = reward
     advantage, ret = gae(at_end, value, counted, s.gamma, s.lam)
     return whiten(advantage, counted, torch.cat(everyone(advantage[counted]))), value, ret
 
 
 def descend(module: torch.nn.Module, optimizer: torch.optim.Optimizer, total: Counter, s: Settings) -> Counter:
-    """Adds up the gradients and sums of all processes, clips, refuses what is not finite, and steps. Gradients come in
-    zeroed and leave so: zeros, not None, because a step without live sequences is a step too."""
+    """Adds up what all processes have, clips, refuses what is not finite, and steps. Gradients come in zeroed and leave
+    so: zeros, not None, because a step without live sequences is a step too."""
     parts = everyone(total)
+    total = Counter({name: (max if name == "gap_max" else sum)(part[name] for part in parts) for name in set().union(*parts)})
     if len(parts) > 1:
-        largest, total = max(part["gap_max"] for part in parts), Counter()
-        for part in parts:
-            total.update(part)
-        total["gap_max"] = largest
         for parameter in module.parameters():
             torch.distributed.all_reduce(parameter.grad)
     total["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(module.parameters(), s.grad_clip))
@@ -224,8 +203,8 @@ def descend(module: torch.nn.Module, optimizer: torch.optim.Optimizer, total: Co
 def adamw(module: torch.nn.Module, lr: float, s: Settings) -> torch.optim.Optimizer:
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    return (MasterAdamW if s.weights == "bfloat16" else torch.optim.AdamW)(module.parameters(), lr,
-                                                                           weight_decay=s.weight_decay)
+    kind = MasterAdamW if s.weights == "bfloat16" else torch.optim.AdamW
+    return kind(module.parameters(), lr, weight_decay=s.weight_decay)
 
 
 def train(s: Settings) -> Path | None:
@@ -233,17 +212,17 @@ def train(s: Settings) -> Path | None:
     check(s)
     device, task = pick_device(s.device), load_task(s.task, s.data, s.test_data, s.template)
     rank, world = join(device)
-    if s.minibatch % world:
-        raise ValueError(f"--minibatch {s.minibatch} does not divide among {world} processes")
-    config, tokenizer, both = config_of(s.model), load_tokenizer(s.model), (task.train, task.validation[:s.eval_problems])
-    problems, validation = ([p for p in part if len(task.encode(p, tokenizer)) <= s.max_prompt_tokens] for part in both)
-    left_out = sum(map(len, both)) - len(problems) - len(validation)
+    (_, config, tokenizer), both = opened(s.model), (task.train, task.validation[:s.eval_problems])
+    size = {p: len(task.encode(p, tokenizer)) for part in both for p in part}
+    problems, validation = ([p for p in part if size[p] <= s.max_prompt_tokens] for part in both)
     if not problems or not validation:
         raise ValueError(f"{s.task} has {len(problems)} training and {len(validation)} validation problems; both are needed")
-    longest = max([*problems, *validation], key=lambda p: len(task.encode(p, tokenizer)))
-    length = len(task.encode(longest, tokenizer)) + s.max_new_tokens
+    length = size[longest := max([*problems, *validation], key=size.get)] + s.max_new_tokens
     rows = min(s.slots, max(s.prompts * s.samples, len(validation) * max(s.eval_samples, s.final_samples)))
-    planned = plan(config, s, length, rows, available(device))
+    planned = plan(config, s, length, rows, device)
+    if rank == 0:
+        print(f"{planned}\nproblems with prompts of more than {s.max_prompt_tokens} tokens, left "
+              f"out: {len(size) - len({*problems, *validation})}")
     model = load(s.model, device, getattr(torch, s.weights))[0]
     model.recompute = s.recompute
     parts = {"policy": (model, adamw(model, s.lr, s))}
@@ -259,16 +238,13 @@ def train(s: Settings) -> Path | None:
     else:
         run = Path(s.resume or Path(s.out, s.name or run_name(s)))
         if rank == 0 and not s.resume:
-            open_run(s, run.name)
+            open_run(s, s.name or run.name)
         everyone(None)                                              # nobody looks before the folder is there
         done = load_state(run, parts)
-        log, validated = everyone(rank == 0 and (
-            read_lines(run / "log.jsonl", done, range(1, done + 1)),
-            read_lines(run / "validation.jsonl", done, range(0, done, s.eval_every))))[0]
+        log, validated = everyone(rank == 0 and (read_lines(run / "log.jsonl", done, range(1, done + 1)), read_lines(
+            run / "validation.jsonl", done, range(0, done, s.eval_every))))[0]
         sampler.sync()
         stop.run, stop.saved = run, done
-    if rank == 0:
-        print(planned + f"; {left_out} problems have prompts of more than {s.max_prompt_tokens} tokens" * (left_out > 0))
     mine = s.minibatch // world             # problems that this process has of every minibatch
     group = torch.arange(s.prompts // world).repeat_interleave(s.samples)
 
@@ -283,14 +259,13 @@ def train(s: Settings) -> Path | None:
         stop.in_steps = not s.dry_run
 
     validate(done)
-    bar = tqdm(range(done + 1, s.steps + 1), initial=done, total=s.steps, desc=run.name, unit="step",
-               disable=None if rank == 0 else True)
+    bar = tqdm(range(done + 1, s.steps + 1), run.name, s.steps, initial=done, unit="step", disable=True if rank else None)
     for step in bar:
         started = time.perf_counter()
         # sample
         batch = [p for i, p in enumerate(draw(problems, s.prompts, step - 1, s.seed)) if i % s.minibatch // mine == rank]
-        episodes = sampler.generate([task.encode(p, tokenizer) for p in batch], s.samples, s.max_new_tokens,
-                                    s.temperature, seeded_generator(s.seed, step, "rollout" + f" {rank}" * (rank > 0), device))
+        random = seeded_generator(s.seed, step, f"rollout {rank}" if rank else "rollout", device)
+        episodes = sampler.generate([task.encode(p, tokenizer) for p in batch], s.samples, s.max_new_tokens, s.temperature, random)
         sampler.free()
         rolled_out = time.perf_counter()
         # reward
@@ -320,12 +295,9 @@ def train(s: Settings) -> Path | None:
         line["arm"] = f"{s.algo}, alpha {s.alpha}, entropy_coef {s.entropy_coef}, clip_high {s.clip_high}"
         if s.algo == "ppo":
             line |= explained(critic_updates, *(torch.cat(everyone(x[counted])) for x in (value, ret)))
-        line |= {"rollout_s": rolled_out - started, "reward_s": rewarded - rolled_out,
-                 "score_s": sum(u["score_s"] for u in updates), "update_s": updated - rewarded,
-                 "rollout_tokens_per_s": line["tokens"] / (rolled_out - started),
-                 "update_tokens_per_s": line["tokens"] / (updated - rewarded), "peak_memory_gb": peak_memory(device),
+        line |= {"rollout_s": rolled_out - started, "reward_s": rewarded - rolled_out, "update_s": updated - rewarded,
+                 "score_s": sum(u["score_s"] for u in updates), "peak_memory_gb": peak_memory(device),
                  "timeouts": sum(everyone(task.timeouts))}
-        task.timeouts = 0
         log.append(line)
         if s.dry_run:
             print(f"{len(episodes)} sequences of {sampler.max_length} tokens, peak memory {line['peak_memory_gb']:.2f} GB; "
@@ -335,14 +307,14 @@ def train(s: Settings) -> Path | None:
         if rank == 0:
             append(run / "log.jsonl", line)
             if step % s.eval_every == 0 or step == s.steps or asked:
-                save_run(run, step, parts, partial(save, model, tokenizer))
+                save_run(run, step, parts, lambda folder: save(model, tokenizer, folder))
                 stop.saved = step
         if asked:
             raise KeyboardInterrupt
         validate(step)
         if s.algo == "grpo" and step % 20 == 0 and all(past["equal_groups"] == 1 for past in log[-20:]):
-            tqdm.write(f"no group had both right and wrong answers in 20 steps, so nothing is learned (mean reward "
-                       f"{line['reward']:+.2f}): try more --samples, easier problems or another template", file=sys.stderr)
+            tqdm.write("no group had both right and wrong answers in 20 steps, so nothing is learned (mean reward "
+                       f"{line['reward']:+.2f}): try more --samples, easier problems or another --template", file=sys.stderr)
         bar.set_postfix(reward=f"{line['reward']:+.2f}", entropy=f"{line['entropy']:.2f}", length=f"{line['length']:.0f}")
 
     if rank > 0:
@@ -351,8 +323,8 @@ def train(s: Settings) -> Path | None:
     table, record = report(results, [k for k in (1, 4, 16, 64, 256) if k <= s.final_samples])
     write_text(run / "validation.json", json.dumps(record) + "\n")
     print(f"\n{s.task} validation: {len(validation)} problems, {s.final_samples} samples each, temperature "
-          f"{s.temperature}; 95 % intervals over problems\n{table}\n{step_times(log)}\nsaved: {run}/model (Hugging Face "
-          f"format), {run}/log.jsonl (a line a step), {run}/validation.jsonl, {run}/config.json, {run}/validation.json")
+          f"{s.temperature}; 95 % intervals over problems\n{table}\n{step_times(log)}\nsaved in {run}: model/ (Hugging Face "
+          "format), log.jsonl (a line a step), validation.jsonl, config.json, validation.json")
     return run
 
 
@@ -364,7 +336,7 @@ if __name__ == "__main__":
         train(settings if settings.resume is None else resumed(settings.resume, sys.argv[1:], Settings))
     except FloatingPointError as error:
         sys.exit(f"train.py: stopped in {stop.where}: {error}; {stop.way_back()}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         sys.exit(f"train.py: stopped{stop.way_on()}")

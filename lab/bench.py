@@ -3,20 +3,18 @@
     decode   equal lengths: our sampler against transformers' generate, dynamic and static cache
     refill   natural lengths, four times as many sequences as slots, against generate in static batches
     update   the policy's update at equal tokens, against the same loss written over transformers' model
-    step     a whole GRPO step against TRL's GRPOTrainer, at a real run's share of equal groups and at none
+    step     a whole GRPO step against TRL's GRPOTrainer (pip install trl datasets), at a real run's equal groups and at none
     memory   the peak resident memory of such a step, and what it was before, each side in a process of its own
     growth   our decode and update time against batch, length and share of equal groups
 
-Both sides get the same weights, prompts and numbers of samples, and work in turn in one process, so that whatever
-else the machine does meets both. The first turn warms up and does not count. A ratio is the peer's seconds over ours
-in the same turn; medians and quartiles over the turns are printed. No side uses gradient checkpointing, and bf16 only
-where the name says so. The learning rate is 0: every turn starts from the same weights, and nothing here tells of
-quality.
+Both sides get the same weights, prompts and numbers of samples, and work in turn in one process, so that whatever else the
+machine does meets both. The first turn warms up and does not count. A ratio is the peer's seconds over ours in the same
+turn. The learning rate is 0: every turn starts from the same weights. No gradient checkpointing; bf16 only where it says so.
 
-What is not equal. Our sampler records log-probabilities and entropies, and generate does not; ours keeps its cache
-from turn to turn. Where lengths are natural, both draw anew every turn. TRL scores a rollout once more before it
-learns from it (we take the sampler's log-probabilities) and has no entropy line; it takes 16 sequences at a time,
-which is about our micro-batch and needs less memory than its 64 at a time, at the same speed.
+What is not equal. Our sampler records log-probabilities and entropies, and keeps its cache from turn to turn; generate does
+neither. Where lengths are natural, both draw anew every turn. TRL scores a rollout once more before it learns from it (we
+take the sampler's log-probabilities) and has no entropy line; it takes 16 sequences at a time, which is about our
+micro-batch and needs less memory than its 64 at a time, at the same speed.
 """
 
 from __future__ import annotations
@@ -88,13 +86,14 @@ def quartiles(values: Sequence[float]) -> str:
     return f"{median:.3g} [{low:.3g}, {high:.3g}]"
 
 
-def table(title: str, taken: Turns) -> str:
-    """Rows "ours ...": their ratio to each of the other rows, turn by turn."""
-    ours, peers = ([name for name in taken if name.startswith("ours") == mine] for mine in (True, False))
-    lines = [title, "", "| | seconds | tokens per second |" + "".join(f" times {peer} |" for peer in peers),
-             "|---" * (3 + len(peers)) + "|"]
+def table(taken: Turns, growth: bool = False) -> str:
+    """Rows "ours ...": their ratio to each of the other rows, turn by turn. Of growth, the time per token."""
+    ours, peers = ([name for name in taken if name.startswith("ours") == mine and not growth] for mine in (True, False))
+    heads = ["seconds", "microseconds per token" if growth else "tokens per second", *(f"times {peer}" for peer in peers)]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     for name, runs in taken.items():
-        cells = [quartiles([s for s, _ in runs]), f"{np.median([n / s for s, n in runs]):.0f}"]
+        cells = [quartiles([s for s, _ in runs]), f"{np.median([1e6 * s / n for s, n in runs]):.1f}" if growth else
+                 f"{np.median([n / s for s, n in runs]):.0f}"]
         cells += [quartiles([theirs / mine for (theirs, _), (mine, _) in zip(taken[peer], runs)]) if name in ours else ""
                   for peer in peers]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -102,9 +101,7 @@ def table(title: str, taken: Turns) -> str:
 
 
 def pick_model(shape: str, device: torch.device) -> Transformer:
-    if shape == "tiny":
-        return load("base", device)[0]
-    return Transformer(SHAPES[shape] | dict(model_type="qwen2", rms_norm_eps=1e-6, rope_theta=1e6)).to(device)
+    return load("base", device)[0] if shape == "tiny" else Transformer(SHAPES[shape] | dict(model_type="qwen2", rms_norm_eps=1e-6, rope_theta=1e6)).to(device)
 
 
 def peer_model(model: Transformer, dtype: torch.dtype = torch.float32):
@@ -135,14 +132,20 @@ def settle(model: torch.nn.Module) -> None:
     float(next(model.parameters()).detach().flatten()[0])
 
 
+def sample(sampler: Sampler, prompts: Sequence[Sequence[int]], each: int, new_tokens: int, turn: int = 0) -> list[Episode]:
+    return sampler.generate(prompts, each, new_tokens, 1.0, seeded_generator(0, turn, "bench", sampler.device))
+
+
+def tokens_of(episodes: Sequence[Episode]) -> int:
+    return sum(len(e.response) for e in episodes)
+
+
 def decode(s: Settings, device: torch.device) -> Turns:
-    model = pick_model(s.shape, device)
+    model, sides = pick_model(s.shape, device), {}
     prompts = torch.randint(1, model.config["vocab_size"], (s.slots, 16), generator=seeded_generator(0, 0, "bench")).tolist()
-    sides = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         sampler, peer = Sampler(model, s.slots, 16 + s.new_tokens, (-1,), dtype), peer_model(model, dtype)
-        sides[f"ours, {name}"] = lambda sampler=sampler: sum(len(e.response) for e in sampler.generate(
-            prompts, 1, s.new_tokens, 1.0, seeded_generator(0, 0, "bench", device)))
+        sides[f"ours, {name}"] = lambda sampler=sampler: tokens_of(sample(sampler, prompts, 1, s.new_tokens))
         sides[f"generate, {name}"] = lambda peer=peer: peer_generate(peer, prompts, s.new_tokens, None)
         sides[f"generate, {name}, static cache"] = lambda peer=peer: peer_generate(
             peer, prompts, s.new_tokens, None, cache_implementation="static")
@@ -153,10 +156,9 @@ def refill(s: Settings, device: torch.device) -> Turns:
     model, prompts = load("base", device)[0], encoded(4 * s.slots // SAMPLES)
     each, sides, turn = s.slots // SAMPLES, {}, itertools.count()
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        sampler = Sampler(model, s.slots, max(map(len, prompts)) + LIMIT, model.eos_ids, dtype)
-        sides[f"ours, {name}"] = lambda sampler=sampler: sum(len(e.response) for e in sampler.generate(
-            prompts, SAMPLES, LIMIT, 1.0, seeded_generator(0, next(turn), "bench", device)))
-        sides[f"generate, {name}, static batches"] = lambda peer=peer_model(model, dtype): sum(
+        sampler, peer = Sampler(model, s.slots, len(prompts[0]) + LIMIT, model.eos_ids, dtype), peer_model(model, dtype)
+        sides[f"ours, {name}"] = lambda sampler=sampler: tokens_of(sample(sampler, prompts, SAMPLES, LIMIT, next(turn)))
+        sides[f"generate, {name}, static batches"] = lambda peer=peer: sum(
             peer_generate(peer, [p for p in prompts[i:i + each] for _ in range(SAMPLES)], LIMIT, model.eos_ids[0])
             for i in range(0, len(prompts), each))
     return alternate(sides, s.turns)
@@ -176,92 +178,77 @@ def rewards(groups: int, equal: float) -> Tensor:
     return reward.flatten()
 
 
-def our_update(model: Transformer, optimizer, episodes: list[Episode], reward: Tensor, s: train.Settings) -> int:
-    logp, counted = per_token([e.logp for e in episodes])                                       # [N, R]
+def with_advantage(episodes: list[Episode], reward: Tensor) -> list[tuple[list[Episode], Tensor, Tensor]]:
+    """For each optimizer step its episodes, with their old log-probabilities and advantages [N, R]."""
+    logp, counted = per_token([e.logp for e in episodes])
     group = torch.arange(len(episodes) // SAMPLES).repeat_interleave(SAMPLES)
     advantage = group_advantage(reward, group)[:, None] * counted
-    for i in range(0, len(episodes), MINIBATCH * SAMPLES):
-        part = slice(i, i + MINIBATCH * SAMPLES)
-        train.update(model, optimizer, episodes[part], logp[part], advantage[part], s)
+    parts = [slice(i, i + MINIBATCH * SAMPLES) for i in range(0, len(episodes), MINIBATCH * SAMPLES)]
+    return [(episodes[part], logp[part], advantage[part]) for part in parts]
+
+
+def our_update(model: Transformer, optimizer, episodes: list[Episode], reward: Tensor, s: train.Settings) -> int:
+    for part in with_advantage(episodes, reward):
+        train.update(model, optimizer, *part, s)
     settle(model)
-    return int(counted.sum())
+    return tokens_of(episodes)
 
 
 def peer_update(peer, optimizer, episodes: list[Episode], reward: Tensor, s: train.Settings,
                 cut: Callable[[list[Episode]], list]) -> int:
     """The same optimizer steps over transformers' model, with all logits of a micro-batch at once."""
-    logp, counted = per_token([e.logp for e in episodes])
-    group = torch.arange(len(episodes) // SAMPLES).repeat_interleave(SAMPLES)
-    advantage = group_advantage(reward, group)[:, None] * counted
-    for i in range(0, len(episodes), MINIBATCH * SAMPLES):
-        part = episodes[i:i + MINIBATCH * SAMPLES]
-        denominator = sum(len(e.response) for e in part)
-        for batch in cut(part):
-            rows = [i + j for j in batch]
-            tokens, _, total_len, mask, old, plain = collate([part[j] for j in batch], peer.device, logp[rows], advantage[rows])
+    for part, logp, advantage in with_advantage(episodes, reward):
+        denominator = tokens_of(part)
+        for rows in cut(part):
+            tokens, _, total_len, mask, old, plain = collate([part[i] for i in rows], peer.device, logp[rows], advantage[rows])
             attention = torch.arange(tokens.shape[1], device=peer.device) < total_len[:, None]
             z = peer(input_ids=tokens, attention_mask=attention, use_cache=False).logits[:, :-1].float() / s.temperature
             logps = z.log_softmax(-1)                                                           # [B, T-1, V]
-            new = logps.gather(2, tokens[:, 1:, None])[..., 0]
-            with torch.no_grad():
-                entropy = -(logps.exp() * logps).sum(-1)
+            new, entropy = logps.gather(2, tokens[:, 1:, None])[..., 0], -(logps.detach().exp() * logps.detach()).sum(-1)
             shaped = shape_with_entropy(plain, entropy, s.alpha, s.kappa)
             policy_loss(new, old, shaped, mask, s.clip_low, s.clip_high, denominator)[0].backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), s.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
     settle(peer)
-    return int(counted.sum())
+    return tokens_of(episodes)
 
 
 def update(s: Settings, device: torch.device) -> Turns:
     """Every sequence has an advantage, so ours leaves none out: equal tokens."""
     model, settings = load("base", device)[0], train.Settings(lr=0.0)
-    peer = peer_model(model)
-    episodes = Sampler(model, 512, 256, model.eos_ids).generate(encoded(s.prompts), SAMPLES, LIMIT, 1.0,
-                                                                seeded_generator(0, 0, "bench", device))
+    peer, reward = peer_model(model), rewards(s.prompts, 0.0)
+    episodes = sample(Sampler(model, 512, 256, model.eos_ids), encoded(s.prompts), SAMPLES, LIMIT)
     ours, theirs = train.adamw(model, 0.0, settings), torch.optim.AdamW(peer.parameters(), 0.0, weight_decay=0.01)
-    reward, in_order = rewards(s.prompts, 0.0), lambda part: [list(range(i, i + 32)) for i in range(0, len(part), 32)]
-    sorted_by_length = lambda part: micro_batches(part, settings.micro_tokens)
-    return alternate({
-        "ours": lambda: our_update(model, ours, episodes, reward, settings),
-        "transformers, 32 at a time": lambda: peer_update(peer, theirs, episodes, reward, settings, in_order),
-        "transformers, our micro-batches": lambda: peer_update(peer, theirs, episodes, reward, settings, sorted_by_length),
-    }, s.turns)
+    cuts = {"32 at a time": lambda part: [list(range(i, i + 32)) for i in range(0, len(part), 32)],
+            "our micro-batches": lambda part: micro_batches(part, settings.micro_tokens)}
+    return alternate({"ours": lambda: our_update(model, ours, episodes, reward, settings)} | {
+        f"transformers, {name}": lambda cut=cut: peer_update(peer, theirs, episodes, reward, settings, cut)
+        for name, cut in cuts.items()}, s.turns)
 
 
 def our_step(s: Settings, device: torch.device, equal: float) -> Callable[[], int]:
-    model, prompts, settings = load("base", device)[0], encoded(s.prompts), train.Settings(lr=0.0)
-    sampler, optimizer = Sampler(model, 512, max(map(len, prompts)) + LIMIT, model.eos_ids), train.adamw(model, 0.0, settings)
-    turn = itertools.count()
+    model, prompts, settings, turn = load("base", device)[0], encoded(s.prompts), train.Settings(lr=0.0), itertools.count()
+    sampler, optimizer = Sampler(model, 512, len(prompts[0]) + LIMIT, model.eos_ids), train.adamw(model, 0.0, settings)
 
     def step() -> int:
-        episodes = sampler.generate(prompts, SAMPLES, LIMIT, 1.0, seeded_generator(0, next(turn), "bench", device))
+        episodes = sample(sampler, prompts, SAMPLES, LIMIT, next(turn))
         sampler.free()
         return our_update(model, optimizer, episodes, rewards(s.prompts, equal), settings)
     return step
-
-
-def import_trl() -> tuple:
-    try:
-        from datasets import Dataset
-        from trl import GRPOConfig, GRPOTrainer
-    except ImportError as error:
-        raise ValueError(f"the step of TRL needs {error.name}: pip install trl datasets") from None
-    return Dataset, GRPOConfig, GRPOTrainer
 
 
 def trl_steps(s: Settings, device: torch.device, equal: float, between: Callable[[], int] | None = None,
               at_once: int = SAMPLES) -> Turns:
     """TRL's trainer owns its loop, so our step runs in a callback of it, after each of its rollouts. It takes `at_once`
     sequences in one forward and backward pass, and as many of those per optimizer step as ours does."""
-    Dataset, GRPOConfig, GRPOTrainer = import_trl()
+    from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
 
-    tokenizer, updates = load("base")[1], s.prompts // MINIBATCH
+    tokenizer, updates, tokens = load("base")[1], s.prompts // MINIBATCH, [0]
     tokenizer.padding_side = "left"
     taken: Turns = {"ours": [], "TRL": []}
-    tokens = [0]
 
     class Clock(TrainerCallback):
         def on_step_begin(self, arguments, state, control, **_):
@@ -299,10 +286,11 @@ def trl_steps(s: Settings, device: torch.device, equal: float, between: Callable
 
 def memory(s: Settings) -> dict[str, list[float]]:
     """GB before the first step and at the peak, of the sides in processes of their own."""
-    return {side: [float(gb) for gb in subprocess.run(
-        [sys.executable, "-m", "lab.bench", "memory", "--alone", side, "--turns", str(s.turns), "--prompts", str(s.prompts),
-         "--equal", str(s.equal), "--device", s.device], check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-2:]]
-        for side in SIDES}
+    command = [sys.executable, "-m", "lab.bench", "memory", f"--turns={s.turns}", f"--prompts={s.prompts}",
+               f"--equal={s.equal}", f"--device={s.device}"]
+    printed = {side: subprocess.run([*command, "--alone", side], check=True, stdout=subprocess.PIPE, text=True).stdout
+               for side in SIDES}
+    return {side: [float(gb) for gb in text.split()[-2:]] for side, text in printed.items()}
 
 
 def alone(s: Settings, device: torch.device) -> tuple[float, float]:
@@ -312,7 +300,7 @@ def alone(s: Settings, device: torch.device) -> tuple[float, float]:
         for _ in range(s.turns + 1):
             step()
     else:
-        import_trl()
+        from trl import GRPOTrainer             # noqa: F401, with all that it imports
         peer_model(load("base", device)[0])
         before = peak_memory(device)
         trl_steps(s, device, s.equal, at_once=MINIBATCH * SAMPLES if s.alone == SIDES[2] else SAMPLES)
@@ -322,25 +310,17 @@ def alone(s: Settings, device: torch.device) -> tuple[float, float]:
 def growth(s: Settings, device: torch.device) -> dict[str, Turns]:
     """One thing varied at a time."""
     model, settings, (count, length) = load("base", device)[0], train.Settings(lr=0.0), SHAPE
-    optimizer = train.adamw(model, 0.0, settings)
-    prompts = encoded(4 * count // SAMPLES)
+    optimizer, prompts = train.adamw(model, 0.0, settings), encoded(4 * count // SAMPLES)
     sampler = Sampler(model, 4 * count, len(prompts[0]) + 4 * length, (-1,))
-    sample = lambda count, length: sampler.generate(prompts[:count // SAMPLES], SAMPLES, length, 1.0,
-                                                    seeded_generator(0, 0, "bench", device))
+    draw = lambda n, length: sample(sampler, prompts[:n // SAMPLES], SAMPLES, length)
     shapes = [(count * f, length) for f in (1, 2, 4)] + [(2 * count, length * f) for f in (2, 4)]
-    decode = {f"{n} sequences of {r} tokens": lambda n=n, r=r: sum(len(e.response) for e in sample(n, r)) for n, r in shapes}
+    decode = {f"{n} sequences of {r} tokens": lambda n=n, r=r: tokens_of(draw(n, r)) for n, r in shapes}
     updates = {}
     for n, r, equal in [(*shape, 0.0) for shape in shapes] + [(count, length, share) for share in (0.25, 0.5, 0.75)]:
         updates[f"{n} sequences of {r} tokens" + f", {equal:.0%} of the groups equal" * (equal > 0)] = (
-            lambda episodes=sample(n, r), reward=rewards(n // SAMPLES, equal): our_update(
+            lambda episodes=draw(n, r), reward=rewards(n // SAMPLES, equal): our_update(
                 model, optimizer, episodes, reward, settings))
     return {"decode": alternate(decode, s.turns), "update": alternate(updates, s.turns)}
-
-
-def growth_table(title: str, taken: Turns) -> str:
-    lines = [title, "", "| | seconds | microseconds per token |", "|---|---|---|"]
-    return "\n".join(lines + [f"| {name} | {quartiles([s for s, _ in runs])} | "
-                              f"{np.median([1e6 * s / n for s, n in runs]):.1f} |" for name, runs in taken.items()])
 
 
 def bench(s: Settings) -> dict:
@@ -352,46 +332,40 @@ def bench(s: Settings) -> dict:
     if s.alone:
         print(*alone(s, device))
         return {}
-    machine = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}"
-    print(machine, f"median [quartiles] of {s.turns} turns", sep="; ")
-    record = {"machine": machine, "settings": dataclasses.asdict(s)}
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    processor = cpuinfo.partition("model name\t: ")[2].partition("\n")[0] or platform.processor() or platform.machine()
+    record = {"machine": f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}",
+              "settings": dataclasses.asdict(s)}
+    print(record["machine"], f"median [quartiles] of {s.turns} turns", sep="; ")
+    answers = f"{s.prompts} x {SAMPLES} answers"
+    titles = {"decode": f"{s.slots} sequences of {s.new_tokens} tokens, {s.shape} shape",
+              "refill": f"{4 * s.slots} sequences of natural length, at most {LIMIT} tokens, {s.slots} at a time",
+              "update": f"{answers} of natural length, {s.prompts // MINIBATCH} updates"}
     for command in s.commands:
         if command == "memory":
             record["memory"] = memory(s)
-            print(f"\nmemory: peak of a GRPO step's process, {s.prompts} x {SAMPLES} answers: "
-                  + ", ".join(f"{side} {peak:.2f} GB ({before:.2f} before)" for side, (before, peak) in record["memory"].items()))
+            print(f"\nmemory: peak of a GRPO step's process, {answers}: " + ", ".join(
+                f"{side} {peak:.2f} GB ({before:.2f} before)" for side, (before, peak) in record["memory"].items()))
         elif command == "growth":
             record["growth"] = growth(s, device)
             for part, taken in record["growth"].items():
-                print("\n" + growth_table(f"growth: {part}", taken))
+                print(f"\ngrowth: {part}\n\n{table(taken, growth=True)}")
         elif command == "step":
             for equal in dict.fromkeys((s.equal, 0.0)):
-                taken = trl_steps(s, device, equal, our_step(s, device, equal))
-                record[f"step, {equal:.0%} equal"] = taken
-                print("\n" + table(f"step: {s.prompts} x {SAMPLES} answers, {s.prompts // MINIBATCH} updates, {equal:.0%} of the "
-                                   "groups equal", taken))
+                taken = record[f"step, {equal:.0%} equal"] = trl_steps(s, device, equal, our_step(s, device, equal))
+                print(f"\nstep: {answers}, {s.prompts // MINIBATCH} updates, {equal:.0%} of the groups equal\n\n{table(taken)}")
         else:
-            title = {"decode": f"decode: {s.slots} sequences of {s.new_tokens} tokens, {s.shape} shape",
-                     "refill": f"refill: {4 * s.slots} sequences of natural length, at most {LIMIT} tokens, {s.slots} at a time",
-                     "update": f"update: {s.prompts} x {SAMPLES} answers of natural length, {s.prompts // MINIBATCH} updates"}
             record[command] = {"decode": decode, "refill": refill, "update": update}[command](s, device)
-            print("\n" + table(title[command], record[command]))
+            print(f"\n{command}: {titles[command]}\n\n{table(record[command])}")
     if s.json:
         Path(s.json).write_text(json.dumps(record) + "\n")
     return record
 
 
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] \
-        if cpuinfo.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 if __name__ == "__main__":
     try:
         bench(parse_flags(Settings, __doc__))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"lab.bench: {error}")
     except KeyboardInterrupt:
         sys.exit("lab.bench: stopped")

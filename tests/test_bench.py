@@ -54,7 +54,7 @@ def test_turns_alternate_and_the_first_does_not_count():
 def test_ratios_are_taken_within_a_turn():
     taken = {"ours": [(1.0, 10), (2.0, 20), (4.0, 80)], "peer": [(3.0, 10), (4.0, 20), (20.0, 100)]}
     assert quartiles([1, 2, 3, 4, 5]) == "3 [2, 4]"
-    assert table("t", taken).splitlines()[4:] == ["| ours | 2 [1.5, 3] | 10 | 3 [2.5, 4] |", "| peer | 4 [3.5, 12] | 5 |  |"]
+    assert table(taken).splitlines()[2:] == ["| ours | 2 [1.5, 3] | 10 | 3 [2.5, 4] |", "| peer | 4 [3.5, 12] | 5 |  |"]
 
 
 def test_the_commands_run_and_leave_their_figures(tmp_path, capsys, monkeypatch):
@@ -98,10 +98,10 @@ def test_memory_of_a_process_of_its_own():
 def test_the_published_tables_come_from_the_saved_turns():
     published = Path("lab/BENCHMARKS.md").read_text()
     record = json.loads(Path("lab/results/bench.json").read_text())
-    found = [bench.growth_table(part, taken) for part, taken in record["growth"].items()]
-    found += [table(name, taken) for name, taken in record.items() if isinstance(taken, dict) and name not in ("memory", "growth")]
+    found = [table(taken, growth=True) for taken in record["growth"].values()]
+    found += [table(taken) for name, taken in record.items() if isinstance(taken, dict) and name not in ("memory", "growth")]
     assert len(found) == 7
-    for line in "\n".join(text.split("\n\n", 1)[1] for text in found).splitlines():
+    for line in "\n".join(found).splitlines():
         assert line in published, line
     for side, (before, peak) in record["memory"].items():
         assert f"| {side} | {peak:.2f} | {before:.2f} |" in published

@@ -21,7 +21,7 @@ from train import Settings, adamw
 
 FLAGS = ("--steps 6 --prompts 4 --samples 4 --minibatch 2 --eval-problems 4 --eval-samples 2 --final-samples 4 --slots 8 "
          "--max-new-tokens 48 --no-skip-zero --critic-warmup 2").split()
-TIMES = {"rollout_s", "reward_s", "score_s", "update_s", "rollout_tokens_per_s", "update_tokens_per_s", "peak_memory_gb"}
+TIMES = {"rollout_s", "reward_s", "score_s", "update_s", "peak_memory_gb"}
 # Kills itself at the n-th thing that a save does to model/ or the state: a file half written, or a rename not yet made.
 KILLED_IN_A_SAVE = """
 import os, runpy, signal, sys

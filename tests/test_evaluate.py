@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import evaluate as module
-from evaluate import Settings, bootstrap, count_solved, evaluate, pass_at_k, pass_table, report
+from evaluate import PRESETS, Settings, bootstrap, count_solved, evaluate, pass_at_k, pass_table, report, parse_flags
 from lab.pretrain import countdown_tokenizer
 from rollout import Episode, Sampler, seeded_generator
 from task import Problem
@@ -89,8 +89,10 @@ def test_the_default_k_go_as_far_as_the_samples(capsys):
 
 
 def test_the_papers_preset_samples_the_papers_distribution(capsys):
-    evaluate(Settings(models=("base",), split="validation", problems=2, samples=2, k="1", preset="paper"))
+    flags = "base --problems 2 --samples 2 --k 1 --preset paper".split()
+    evaluate(parse_flags(Settings, "evaluate", flags, PRESETS))
     assert "temperature 0.6, top-p 0.95" in capsys.readouterr().out
+    assert parse_flags(Settings, "evaluate", [*flags, "--top-p", "1"], PRESETS).top_p == 1      # a flag beside it wins
 
 
 class FakeSampler:
@@ -141,7 +143,7 @@ def test_the_command_measures_what_it_was_asked_to(monkeypatch, qwen2):
         return generate(self, prompts[:2], 1, 2, temperature, generator, top_p)
     monkeypatch.setattr(Sampler, "generate", spy)
     folder, _ = qwen2()
-    evaluate(Settings(models=("base", str(folder)), split="test", problems=0, samples=1, k="1", preset="paper"))
+    evaluate(Settings(models=("base", str(folder)), split="test", problems=0, samples=1, k="1", temperature=0.6, top_p=0.95))
     task, tokenizer = module.load_task("countdown"), countdown_tokenizer()
     assert [(a[0], a[2], a[3]) for a in asked] == [(96, 0.6, 0.95), (32, 0.6, 0.95)]
     assert all(a[1] == [task.encode(p, tokenizer) for p in task.test] for a in asked)
@@ -152,7 +154,7 @@ def test_the_command_measures_what_it_was_asked_to(monkeypatch, qwen2):
     ({"samples": 0, "k": "1"}, "1 <= K"), ({"problems": -1}, "at least 0"), ({"slots": 0}, "at least 1"),
     ({"task": "chess"}, "unknown task 'chess'"), ({"models": ("./nowhere",)}, "no model folder ./nowhere"),
     ({"device": "cuda:99"}, "cannot be used here"), ({"temperature": 0.0}, "temperature > 0"),
-    ({"temperature": float("nan")}, "temperature > 0"), ({"models": ("base", "./nowhere")}, "no model folder ./nowhere"),
+    ({"temperature": float("nan")}, "temperature must be a finite number"), ({"models": ("base", "./nowhere")}, "no model folder ./nowhere"),
     ({"models": ("base/nowhere",)}, "no model folder base/nowhere"), ({"json": "no/such/table.json"}, "folder that does not exist")])
 def test_bad_settings_get_one_sentence(changes, sentence):
     small = {"models": ("base",)} if "samples" in changes or "300" in changes.get("k", "") else {

@@ -237,15 +237,15 @@ def test_what_is_refused(qwen2, tmp_path):
     with pytest.raises(ValueError, match="does not hold a JSON object"):
         load(str(folder))
     (folder / "config.json").write_text(json.dumps(good))
-    (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
-    with pytest.raises(FileNotFoundError, match="has no tokenizer.json"):
-        load(str(folder))
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         load(str(folder))
     weights.rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="lacks 26 tensors, embed.* among them; only safetensors files are read"):
+    with pytest.raises(ValueError, match="lacks 26 tensors, embed.* among them; only safetensors are read"):
+        load(str(folder))
+    (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    with pytest.raises(FileNotFoundError, match="has no tokenizer.json"):
         load(str(folder))
 
 
@@ -303,7 +303,8 @@ def test_the_peak_memory_of_score_grows_with_the_chunk_not_with_the_sequence():
         assert done.returncode == 0, done.stderr
         peak[length, chunk] = float(done.stdout)
     print("GB above what was there, by (tokens, chunk):", {key: round(value, 2) for key, value in peak.items()})
-    assert peak[1024, 64] < peak[256, 64] + 0.1 < 0.5
+    one_copy = (1024 - 256) * 152_000 * 4e-9                # of the logits that are more
+    assert peak[1024, 64] < peak[256, 64] + one_copy / 2
     assert peak[1024, 512] > peak[1024, 64] + 3 * (512 - 64) * 152_000 * 4e-9
 
 

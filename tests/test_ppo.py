@@ -10,8 +10,8 @@ import torch
 import train
 from checkpoint import explained
 from model import Critic, load
-from rollout import Episode
-from train import Settings, adamw, update_critic, values_of
+from rollout import Episode, per_token
+from train import Settings, adamw, critic_advantage, update_critic
 
 SMALL = dict(algo="ppo", prompts=4, samples=3, minibatch=2, eval_problems=2, eval_samples=1, final_samples=2, slots=12,
              max_new_tokens=24)
@@ -21,6 +21,11 @@ def episodes_of(lengths, prompts=(2, 9, 5)):
     g = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randint(1, 112, (n,), generator=g)
     return [Episode(draw(p), draw(n), torch.zeros(n), torch.zeros(n), True, 0) for p in prompts for n in lengths]
+
+
+def values_of(critic, episodes, s):
+    counted = per_token([e.logp for e in episodes])[1]
+    return critic_advantage(critic, episodes, torch.zeros(len(episodes)), counted, s)[1]
 
 
 def critic_and_reference(qwen2, **changes):

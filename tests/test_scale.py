@@ -20,11 +20,14 @@ QWEN_7B = dict(model_type="qwen2", vocab_size=152064, hidden_size=3584, intermed
 QWEN_1_5B = QWEN_7B | dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_attention_heads=12,
                            num_key_value_heads=2, tie_word_embeddings=True)
 CARD = 139 * 2 ** 30
+CPU = torch.device("cpu")
 
 
 def planned(config, free=1e15, length=9216, rows=64, **changes):
-    """plan's table as numbers: {"weights": 15.2, ..., "a rollout needs": ..., "an update": ...}"""
-    text = plan(config, Settings(**PRESETS["paper-grpo"] | changes), length, rows, free).partition(": ")[2]
+    """plan's table as numbers: {"weights": 15.2, ..., "a rollout needs": ..., "an update": ...}, on a machine of that size"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": int(free) // 4096, "SC_PAGE_SIZE": 4096}[name])
+        text = plan(config, Settings(**PRESETS["paper-grpo"] | changes), length, rows, CPU).partition(": ")[2]
     return {" ".join(part.split()[:-1]): float(part.split()[-1]) for part in text.replace(";", ",").split(", ")}
 
 
@@ -46,9 +49,9 @@ def test_the_plan_of_7b_by_hand():
 
 def test_what_cannot_fit_is_refused_with_numbers_and_advice():
     assert planned(QWEN_7B, CARD, weights="bfloat16", dtype="bfloat16")
-    with pytest.raises(ValueError, match=r"optimizer 152.*but 149 are free; what may help: .*--algo grpo"):
+    with pytest.raises(ValueError, match=r"optimizer 152.*but there are 149; what may help: fewer --slots.*--algo grpo"):
         planned(QWEN_7B, CARD, weights="bfloat16", algo="ppo")
-    with pytest.raises(ValueError, match=r"a rollout needs 1\d\d.* may help: less --slots.*--weights bfloat16"):
+    with pytest.raises(ValueError, match=r"a rollout needs 1\d\d.*--weights bfloat16"):
         planned(QWEN_7B, CARD)
     with pytest.raises(ValueError, match="--recompute"):
         planned(QWEN_1_5B, CARD / 2, recompute=False, micro_tokens=32768)
@@ -73,7 +76,7 @@ def test_planned_activations_are_those_that_a_forward_pass_keeps(mode, recompute
             "cpu", torch.bfloat16, enabled=mode == dict(dtype="bfloat16")):
         hidden = model(torch.zeros(8, 512, dtype=torch.int64), torch.arange(512).expand(8, 512))
     found = sum(t.untyped_storage().nbytes() for t in kept.values()) / 1e9
-    table = plan(config, s, 512, 8, 1e15).partition("activations ")[2]
+    table = plan(config, s, 512, 8, CPU).partition("activations ")[2]
     one_layer = 0 if not recompute else plan_of_a_layer(config, s)          # made again later, in the backward pass
     assert hidden.requires_grad and float(table.split(";")[0]) == pytest.approx(found + one_layer, rel=0.12)
 
@@ -84,7 +87,7 @@ def plan_of_a_layer(config, s):
     one = {}
     for layers in (1, 2):
         usual = dataclasses.replace(s, recompute=False)
-        text = plan(config | {"num_hidden_layers": layers, "vocab_size": 1}, usual, 512, 8, 1e15)
+        text = plan(config | {"num_hidden_layers": layers, "vocab_size": 1}, usual, 512, 8, CPU)
         one[layers] = float(text.partition("activations ")[2].split(";")[0])
     return one[2] - one[1]
 
@@ -113,10 +116,10 @@ TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-p
 ONE_STEP = """
 import sys, torch
 from safetensors.torch import save_file
-from model import load
-from rollout import Episode
+from model import Critic, load
+from rollout import Episode, per_token
 from scale import join
-from train import Settings, adamw, update
+from train import Settings, adamw, critic_advantage, update
 rank, world = join(torch.device("cpu"))
 g = torch.Generator().manual_seed(0)
 lengths = torch.randint(3, 40, (12,), generator=g).tolist()
@@ -128,11 +131,16 @@ logp = torch.nn.utils.rnn.pad_sequence([e.logp for e in episodes], batch_first=T
 mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
 model = load("base")[0]
 s = Settings(grad_clip=1e9)
+critic, counted = Critic(model), per_token([e.logp for e in episodes[mine]])[1]
+with torch.no_grad():
+    critic.value.weight.copy_(torch.randn(critic.value.weight.shape, generator=g))
+reward = torch.randn(12, generator=g)
+whitened = critic_advantage(critic, episodes[mine], reward[mine], counted, s)[0][counted]
 adamw(model, 0.0, s)
 sums = update(model, torch.optim.SGD(model.parameters(), 1.0), episodes[mine], logp[mine], advantage[mine, :logp.shape[1]], s)
 weights = {name: p.detach().clone() for name, p in model.named_parameters()}
 sums = {key: float(value) for key, value in sums.items() if key != "score_s"}
-save_file(weights | {"sums": torch.tensor([sums[key] for key in sorted(sums)])}, f"{sys.argv[1]}/{world}-{rank}.safetensors")
+save_file(weights | {"whitened": whitened, "sums": torch.tensor([sums[key] for key in sorted(sums)])}, f"{sys.argv[1]}/{world}-{rank}.safetensors")
 """
 
 
@@ -146,6 +154,8 @@ def test_two_processes_make_the_gradient_of_one(tmp_path, second_half):
                               env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
     one, *two = (load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
+    assert torch.allclose(torch.cat([got["whitened"] for got in two]), one["whitened"], atol=1e-5)
+    assert abs(float(one["whitened"].mean())) < 1e-5 and abs(float(two[0]["whitened"].mean())) > 1e-3
     base = dict(load("base")[0].named_parameters())
     for name, before in base.items():
         want = one[name] - before
@@ -153,3 +163,37 @@ def test_two_processes_make_the_gradient_of_one(tmp_path, second_half):
         assert all((got[name] - one[name]).norm() <= 1e-5 * want.norm() + 1e-9 for got in two), name
         assert torch.equal(two[0][name], two[1][name])
     assert torch.allclose(two[0]["sums"], one["sums"], rtol=1e-4, atol=1e-5) and torch.equal(two[0]["sums"], two[1]["sums"])
+
+
+def launch(*flags):
+    return subprocess.run([*TWO, "train.py", *flags], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_train_save_once_and_resume(tmp_path):
+    """PPO, whose advantages are whitened over both; then the resumed half of the run is the same, bit for bit."""
+    flags = ("--algo ppo --critic-warmup 1 --steps 4 --prompts 4 --samples 4 --minibatch 2 --eval-problems 3 --eval-samples 1 "
+             "--final-samples 2 --slots 8 --max-new-tokens 24 --eval-every 2 --out").split()
+    done = launch(*flags, str(tmp_path), "--name", "a")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained - base") == 1 and done.stdout.count("memory in GB") == 1
+    lines = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    validated = [json.loads(line)["step"] for line in (tmp_path / "a/validation.jsonl").read_text().splitlines()]
+    assert validated == [0, 2, 4]
+    want = load_file(tmp_path / "a/state.safetensors")
+    launch(*flags, str(tmp_path), "--name", "b", "--steps", "2")
+    config = json.loads((tmp_path / "b/config.json").read_text())
+    (tmp_path / "b/config.json").write_text(json.dumps(config | {"steps": 4}))
+    done = launch("--resume", str(tmp_path / "b"))
+    assert done.returncode == 0, done.stderr
+    got = load_file(tmp_path / "b/state.safetensors")
+    assert set(got) == set(want) and all(torch.equal(got[name], want[name]) for name in want)
+    again = [json.loads(line) for line in (tmp_path / "b/log.jsonl").read_text().splitlines()]
+    assert [{k: v for k, v in line.items() if not k.endswith(("_s", "_gb"))} for line in again] == [
+        {k: v for k, v in line.items() if not k.endswith(("_s", "_gb"))} for line in lines]
+
+
+def test_what_two_processes_refuse(tmp_path):
+    done = launch("--minibatch", "1", "--out", str(tmp_path / "runs"))
+    assert done.returncode != 0 and "train.py: --minibatch must be a multiple of the number of processes; it is 1" in done.stderr
+    assert not (tmp_path / "runs").exists()
