@@ -7,22 +7,19 @@
     value_loss           what the critic is trained with
 
 Pure functions of tensors; this file imports only torch, so you can lift it into another project as it is.
-
-Departs from the paper: nowhere in what it states. Where it is silent, this follows verl, which its
-experiments ran in: the unbiased standard deviation, + 1e-6, whitened advantages in PPO. verl's dual clip (a
-second bound for A < 0 and large ratios) is left out on purpose: neither the paper nor PPO has it.
+Departs from the paper: nowhere in what it states. Where it is silent, this follows verl, which its experiments ran in:
+the unbiased standard deviation, + 1e-6, whitened advantages in PPO. verl's dual clip (a second bound for A < 0 and
+large ratios) is left out on purpose: neither the paper nor PPO has it.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
 
 
 def group_advantage(reward: Tensor, group: Tensor) -> Tensor:
-    """GRPO (paper, Section 3): A_i = (r_i - mean(group)) / std(group). reward, group [N] -> [N]; `group`
-    holds any integer labels. A group of equal rewards teaches nothing and gets exactly 0: max == min is
-    tested, because rounding in the mean over a std of nearly 0 makes an advantage out of noise."""
+    """GRPO (paper, Section 3): A_i = (r_i - mean(group)) / std(group). reward, group [N] -> [N]; `group`: any integers.
+    A group of equal rewards teaches nothing and gets exactly 0: max == min is tested, because rounding in the mean
+    over a std of nearly 0 makes an advantage out of noise."""
     _, index, size = group.unique(return_inverse=True, return_counts=True)
     per_group = torch.zeros(len(size), dtype=reward.dtype, device=reward.device)
     mean = per_group.index_add(0, index, reward) / size                                         # [groups]
@@ -39,12 +36,10 @@ def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -
         A_t = delta_t + gamma lam A_(t+1),      return_t = A_t + V_t
 
     reward, value, mask, both results [B, T]; mask True on response tokens, which are contiguous in a row; value_t is
-    of the state in which token t is chosen. Both results are 0 outside the mask. At gamma = lam = 1 (the paper)
-    A_t is the reward to come minus V_t.
-
-    After a row's last token comes nothing: V = 0 there, for a response cut at the length limit too, which the task
-    has given its -1. The paper is silent; the alternative treats the cut as a pause and takes the critic's value of
-    the cut text in place of a reward, so that length itself is not punished."""
+    of the state in which token t is chosen. Both results are 0 outside the mask. At gamma = lam = 1 (the paper) A_t is
+    the reward to come minus V_t. After a row's last token comes nothing: V = 0 there, for a response cut at the length
+    limit too, which the task has given its -1. The paper is silent; the alternative treats the cut as a pause and takes
+    the critic's value of the cut text in place of a reward, so that length itself is not punished."""
     advantage, later, next_value = torch.zeros_like(value), value.new_zeros(len(value)), value.new_zeros(len(value))
     for t in reversed(range(value.shape[1])):
         delta = reward[:, t] + gamma * next_value - value[:, t]                                 # [B]
@@ -67,12 +62,11 @@ def shape_with_entropy(advantage: Tensor, entropy: Tensor, alpha: float, kappa: 
 
         psi(H_t) = min(alpha * H_t.detach(), |A_t| / kappa),      A_t <- A_t + psi(H_t)
 
-    advantage, entropy, result [B, T]; H_t in nats, of the current policy, from the same forward pass as the
-    loss. What follows from it:
+    advantage, entropy, result [B, T]; H_t in nats, of the current policy, from the loss's own forward pass. So
       - psi carries no gradient: it changes how far a token is pushed, not the direction of the objective;
       - psi <= |A| / kappa with kappa > 1, so the sign of A is kept, and A = 0 stays 0;
-      - with kappa = 2 the factor on A lies in [1, 1.5] for A > 0 and in [0.5, 1] for A < 0: uncertain tokens
-        of right answers are rewarded more, uncertain tokens of wrong answers are punished less;
+      - with kappa = 2 the factor on A lies in [1, 1.5] for A > 0 and in [0.5, 1] for A < 0: uncertain tokens of right
+        answers are rewarded more, those of wrong answers are punished less;
       - a group's advantages no longer sum to 0.
     Out of place: applied again to the same advantages in a later epoch, it does not accumulate.
 
@@ -84,12 +78,11 @@ def shape_with_entropy(advantage: Tensor, entropy: Tensor, alpha: float, kappa: 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, clip_low: float,
                 clip_high: float, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped objective with a higher upper bound (clip-higher), summed over tokens and divided by
-    `denominator`: the response tokens of the whole optimizer step, the left-out ones included. With that, how
-    the step is cut into micro-batches changes nothing. All [B, T]; mask True on response tokens.
-    The statistics are sums over tokens, so micro-batches add up exactly:
-      tokens; clipped_low (A < 0, ratio below 1 - clip_low) and clipped_high (A > 0, ratio above
-      1 + clip_high), where the gradient is cut; kl, of old from new policy by the estimator r - 1 - log r."""
+    """PPO's clipped objective with a higher upper bound (clip-higher), summed over tokens and divided by `denominator`:
+    the response tokens of the whole optimizer step, the left-out ones included, so that how the step is cut into
+    micro-batches changes nothing. All [B, T]; mask True on response tokens. The statistics are sums over tokens:
+      tokens; clipped_low (A < 0, ratio below 1 - clip_low) and clipped_high (A > 0, ratio above 1 + clip_high), where
+      the gradient is cut; kl, of old from new policy by the estimator r - 1 - log r."""
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
     ratio = log_ratio.exp()
     objective = torch.min(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
@@ -103,9 +96,9 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor,
 
 
 def value_loss(value: Tensor, old_value: Tensor, ret: Tensor, mask: Tensor, clip: float, denominator: float) -> Tensor:
-    """PPO's clipped value loss: the larger of the squared error of the value and that of the value kept within
-    `clip` of the old one, halved, summed over tokens and divided as in policy_loss. All [B, T]. A token has no
-    gradient where the clipped error is the larger one: the value has moved far enough towards its return."""
+    """PPO's clipped value loss: the larger of the squared error of the value and that of the value kept within `clip`
+    of the old one, halved, summed over tokens and divided as in policy_loss. All [B, T]. A token has no gradient where
+    the clipped error is the larger one: the value has moved far enough towards its return."""
     kept = old_value + (value - old_value).clamp(-clip, clip)
     squared = torch.max((value - ret) ** 2, (kept - ret) ** 2)
     return torch.where(mask, squared, 0.0).sum() / 2 / denominator

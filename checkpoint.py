@@ -6,12 +6,10 @@
     state.safetensors    weights, AdamW's moments and the step: what --resume goes on from
     model/               the policy as a Hugging Face folder
 
-A step's log line is on the disk before the state that contains the step, and a state takes its place in one rename.
-So whenever a run is killed, the log holds at least what the state holds; --resume leaves out what is beyond it and
-does those steps again, with the same random numbers. Nothing is pickled.
+A step's log line is on the disk before the state that contains the step, and a state takes its place in one rename. So
+whenever a run is killed, the log holds at least what the state holds; --resume leaves out what is beyond it and does
+those steps again, with the same random numbers, which like the data order follow from (seed, step). Nothing is pickled.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import json
@@ -25,6 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Callable, Iterator
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -32,28 +31,25 @@ from torch import Tensor
 def open_run(s, name: str) -> Path:
     """Makes the folder `name` in s.out, with the settings in config.json. FileExistsError if there is one; --overwrite
     replaces it only if it is a run, and not the one that the model comes from."""
-    if name == ".." or name != Path(name).name:
+    run = Path(s.out, name)
+    if name == ".." or name != run.name:
         raise ValueError(f"--name must be the name of a folder in --out, not a path; it is {name!r}")
-    run, fresh = Path(s.out, name), Path(s.out, name + ".tmp")
     if run.exists():
         if not s.overwrite:
-            raise FileExistsError(f"the run folder {run} exists; go on with it by --resume {run}, give another --name, "
-                                  "or --overwrite to replace it")
-        if not (run / "config.json").exists() or "alpha" not in read_json(run / "config.json"):
-            raise FileExistsError(f"{run} is not a run folder, so --overwrite leaves it alone; give another --name")
-        if Path(s.model).resolve().is_relative_to(run.resolve()):
-            raise ValueError(f"--overwrite would delete {s.model}, which this run starts from; give another --name")
-        shutil.rmtree(run)
-    fresh.mkdir(parents=True, exist_ok=True)
-    write_text(fresh / "config.json", json.dumps(dataclasses.asdict(s), indent=2) + "\n")
-    os.rename(fresh, run)                                   # so a run folder never lacks its settings
+            raise FileExistsError(f"{run} exists; give another --name, go on by --resume {run}, or --overwrite it")
+        is_run = (run / "config.json").exists() and "alpha" in read_json(run / "config.json")
+        if not is_run or Path(s.model).resolve().is_relative_to(run.resolve()):
+            raise ValueError(f"--overwrite would delete {run}, which is no run folder or holds the --model")
+    with whole(run) as fresh:                               # so a run folder never lacks its settings
+        fresh.mkdir()
+        (fresh / "config.json").write_text(json.dumps(dataclasses.asdict(s), indent=2) + "\n")
     print(f"{run}: " + ", ".join(f"{key} {value}" for key, value in vars(s).items() if value not in ("", None)))
     return run
 
 
 def resumed(folder: str, arguments: list[str], settings_class):
     """The settings of a run folder. FileNotFoundError if it is none; ValueError if other flags came with --resume, or
-    the folder's settings are not ones that this version knows."""
+    these settings are not ones that this version knows."""
     if any(a.startswith("--") and a.split("=")[0] != "--resume" for a in arguments):
         raise ValueError("--resume takes all settings from the run; no other flag goes with it")
     file = Path(folder, "config.json")
@@ -73,9 +69,9 @@ def resumed(folder: str, arguments: list[str], settings_class):
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """`with whole(path) as fresh`: what is written to fresh, a file or a folder, takes the place of `path` by a rename
-    when it is on the disk. Whatever happens, the earlier one is there until then; a folder, if killed between its two
-    renames, as NAME.old. OSError if it cannot be written."""
-    beside, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    when it is on the disk. Until then the earlier one is there, whatever happens; a folder, if killed between its two
+    renames, as .NAME.old. OSError if it cannot be written."""
+    beside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     shutil.rmtree(beside, ignore_errors=True)               # what a kill left behind
     try:
         beside.mkdir(parents=True)                          # a folder: safetensors makes a file of its own name in it
@@ -100,22 +96,18 @@ def write_text(file: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return content
+    with suppress(ValueError):
+        if isinstance(content := json.loads(path.read_text()), dict):
+            return content
+    raise ValueError(f"{path} does not hold a JSON object")
 
 
 def append(file: Path, record: dict) -> None:
     """A line of JSON, on the disk before this returns."""
     try:
         with open(file, "a") as out:
-            out.write(json.dumps(record) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
+            print(json.dumps(record), file=out, flush=True)
+            os.fsync(out)
     except OSError as error:
         raise OSError(f"{file} could not be written ({error.strerror})") from None
 
@@ -129,9 +121,8 @@ def read_lines(file: Path, done: int, wanted: range) -> list[dict]:
             records.append(json.loads(line))
     records = [record for record in records if record["step"] <= done]
     if missing := sorted(set(wanted) - {record["step"] for record in records}):
-        raise ValueError(f"{file} is damaged: the saved state is of step {done}, the line of step {missing[0]} is missing")
-    kept = "".join(json.dumps(record) + "\n" for record in records)
-    if kept != text:
+        raise ValueError(f"{file} is damaged: the saved state is of step {done}, but step {missing[0]} is missing")
+    if (kept := "".join(json.dumps(record) + "\n" for record in records)) != text:
         write_text(file, kept)
     return records
 
@@ -144,94 +135,84 @@ def state_of(parts: dict[str, tuple]) -> dict[str, Tensor]:
         for name, parameter in module.named_parameters():
             moments = optimizer.state[parameter]
             if not moments:
-                moments |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter),
-                            "exp_avg_sq": torch.zeros_like(parameter)}
+                moments |= {"step": torch.tensor(0.0)}
+                moments |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
             tensors |= {f"{part}/{name}/{key}": x.detach() for key, x in {"weight": parameter, **moments}.items()}
     return tensors
 
 
 def save_run(run: Path, step: int, parts: dict[str, tuple], save_model: Callable[[Path], None]) -> None:
-    """model/, by save_model, then the state: all that a resumed run needs besides config.json, since data order and
-    random numbers follow from (seed, step). FloatingPointError, and nothing is written, if a number is not finite."""
-    from safetensors.torch import save_file
-
+    """model/, by save_model, then the state. FloatingPointError, and nothing is written, if a number is not finite."""
     tensors = state_of(parts)
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise FloatingPointError(f"{name} holds NaN or infinity")
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise FloatingPointError(f"{bad[0]} holds NaN or infinity")
     save_model(run / "model")
     with whole(run / "state.safetensors") as fresh:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, fresh, {"step": str(step)})
+        copies = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(copies, fresh, {"step": str(step)})
 
 
 def load_state(run: Path, parts: dict[str, tuple]) -> int:
     """Puts the saved state into place -> its step; 0 if the run was stopped before its first save. ValueError if it
     cannot be read, does not fit the settings, or holds NaN or infinity."""
-    from safetensors import SafetensorError, safe_open
-
     file = run / "state.safetensors"
     if not file.exists():
         return 0
     try:
-        with safe_open(file, "pt") as saved:
-            step, tensors = int(saved.metadata()["step"]), state_of(parts)
-            if other := set(saved.keys()) - set(tensors):
-                raise ValueError(f"{min(other)} belongs to another model or algorithm")
-            for name, tensor in tensors.items():
-                kept = saved.get_tensor(name)
-                if kept.shape != tensor.shape:
-                    raise ValueError(f"{name} has another shape")
-                if not kept.isfinite().all():
-                    raise ValueError(f"{name} holds NaN or infinity")
-                tensor.copy_(kept)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        with safetensors.safe_open(file, "pt") as saved:
+            tensors = state_of(parts)
+            for name in sorted({*tensors, *saved.keys()}):
+                kept, place = saved.get_tensor(name), tensors.get(name)
+                if place is None or kept.shape != place.shape or not kept.isfinite().all():
+                    raise ValueError(f"{name} belongs to another model or algorithm, or holds NaN or infinity")
+                place.copy_(kept)
+            return int(saved.metadata()["step"])
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is not a whole state of this run ({type(error).__name__}: {error})") from None
-    return step
+
+
+def mean(updates: list[Counter], name: str, per: str = "") -> float | None:
+    """The sums called `name`, per update or per one of what was counted as `per`; None if there was none."""
+    count = sum(sums[per] for sums in updates) if per else len(updates)
+    return sum(sums[name] for sums in updates) / count if count else None
 
 
 def summary(step: int, episodes: list, reward: Tensor, updates: list[Counter], samples: int) -> dict:
-    """The log line of a step. Entropy and length are of all sampled tokens (episodes: rollout.Episode); clip fractions,
-    KL and shaping of the scored ones, which are those of mixed groups if skip_zero. The gap between sampler and scorer
-    is read in the first update, where both still have the same weights. None is what was not measured: nothing was
-    scored, or only the critic learned."""
+    """The log line of a step. Entropy and length are of all sampled tokens (episodes: rollout.Episode); shaping, clip
+    fractions and KL of the scored ones, those of mixed groups if skip_zero; the gap between sampler and scorer of the
+    first update, where both have the same weights. None: nothing was scored, or only the critic learned."""
     tokens, first = sum(len(e.response) for e in episodes), updates[:1]
-    total = lambda some, name: sum(sums[name] for sums in some)
-    per_token = lambda some, name: total(some, name) / total(some, "tokens") if total(some, "tokens") else None
-    per_update = lambda name: total(updates, name) / len(updates) if updates else None
     return {"step": step, "reward": float(reward.mean()), "length": tokens / len(episodes),
             "finished": sum(e.finished for e in episodes) / len(episodes),
             "entropy": float(torch.cat([e.entropy for e in episodes]).mean()),
             "equal_groups": float((reward.view(-1, samples) == reward[::samples, None]).all(1).float().mean()),
-            "shaping": per_token(updates, "shaping"), "clip_low": per_token(updates, "clipped_low"),
-            "clip_high": per_token(updates, "clipped_high"), "kl": per_token(updates, "kl"), "loss": per_update("loss"),
-            "gap_mean": per_token(first, "gap"), "gap_max": total(first, "gap_max") if total(first, "tokens") else None,
-            "grad_norm": per_update("grad_norm"), "tokens": tokens}
+            "shaping": mean(updates, "shaping", "tokens"), "clip_low": mean(updates, "clipped_low", "tokens"),
+            "clip_high": mean(updates, "clipped_high", "tokens"), "kl": mean(updates, "kl", "tokens"),
+            "loss": mean(updates, "loss"), "gap_mean": mean(first, "gap", "tokens"),
+            "gap_max": max((sums["gap_max"] for sums in first if sums["tokens"]), default=None),
+            "grad_norm": mean(updates, "grad_norm"), "tokens": tokens}
 
 
 def explained(updates: list[Counter], value: Tensor, ret: Tensor) -> dict:
     """The critic's part of a log line; value, ret [tokens]. Equal returns leave no variance to explain: None."""
     spread = float(ret.var()) if len(ret) > 1 else 0.0
-    return {"value_loss": sum(u["loss"] for u in updates) / len(updates),
-            "critic_grad_norm": sum(u["grad_norm"] for u in updates) / len(updates),
+    return {"value_loss": mean(updates, "loss"), "critic_grad_norm": mean(updates, "grad_norm"),
             "explained_variance": 1 - float((ret - value).var()) / spread if spread > 1e-8 else None}
 
 
 def step_times(log: list[dict]) -> str:
-    """Where the time of a step goes, as medians of the log. Scoring is a part of the update; on a GPU its share is
-    not exact, since the host does not wait for the card there."""
-    rollout, reward, update, score = (statistics.median(line[part] for line in log)
-                                      for part in ("rollout_s", "reward_s", "update_s", "score_s"))
-    return (f"median seconds of a step: rollout {rollout:.2f}, reward {reward:.2f}, update {update:.2f} "
-            f"(of it {score:.2f} scoring, forward)")
+    """Where the time of a step goes. On a GPU the share of scoring is not exact: nobody waits for the card there."""
+    median = {key: statistics.median(line[key] for line in log) for key in log[0] if key.endswith("_s")}
+    return ("median seconds of a step: rollout {rollout_s:.2f}, reward {reward_s:.2f}, update {update_s:.2f} "
+            "(of it {score_s:.2f} scoring, forward)".format(**median))
 
 
 def peak_memory(device: torch.device) -> float:
     """GB: of the card's allocations on a GPU, else of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    status = Path("/proc/self/status")          # better than getrusage, where a child inherits its parent's peak
-    if status.exists() and (peak := status.read_text().partition("VmHWM:")[2]):
-        return int(peak.split()[0]) * 1024 / 1e9
+    with suppress(OSError, IndexError):     # where Linux tells it: in getrusage a child inherits its parent's peak
+        return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
@@ -250,10 +231,8 @@ class Stop:
         return f"; go on from step {self.saved} with: python train.py --resume {self.run}" if self.run else ""
 
     def way_back(self) -> str:
-        if not self.saved:
-            return "nothing was saved yet; a new run with a lower --lr may help"
-        return (f"the last good state in {self.run} is that of step {self.saved}; a new run from there "
-                f"(--model {self.run}/model) with a lower --lr may help")
+        good = f"the last good state is of step {self.saved} (--model {self.run}/model)"
+        return f"{good if self.saved else 'nothing was saved yet'}; a new run with a lower --lr may help"
 
 
 stop = Stop()

@@ -5,17 +5,14 @@ The embedded task is *countdown*: reach a target from four numbers by a left-to-
     prompt    7 7 1 8 -> 23 ?
     response  7 * 8 = 56 / 1 = 56 + 7 = 63 vs 23 wait 1 + 8 = 9 + 7 = 16 + 7 = 23 vs 23 so
 
-one token per number, operator and word. A response is a chain of attempts. `vs 23` restates the
-target: an explicit check, which the model may make or skip. `wait` drops the attempt and starts
-another. `so` commits to the last one. These are, in small, the three kinds of exploratory action of
-the paper's Section 2: which operand and operator to take is a *pivotal* choice, checks and restarts
-are *reflective* actions, unusual expressions are *rare* behaviours.
+one token per number, operator and word. A response is a chain of attempts. `vs 23` restates the target: an explicit
+check, which the model may make or skip. `wait` drops the attempt and starts another. `so` commits to the last one.
+These are, in small, the three kinds of exploratory action of the paper's Section 2: which operand and operator to take
+is a *pivotal* choice, checks and restarts are *reflective* actions, unusual expressions are *rare* behaviours.
 
-Departs from the paper: the paper trains on mathematics (DAPO-Math-17k, answers in \\boxed{}); this
-task needs no download, and its verifier is exact. The reward is the paper's: +1 or -1, nothing else.
+Departs from the paper: the paper trains on mathematics (DAPO-Math-17k, answers in \\boxed{}); this task needs no
+download, and its verifier is exact. The reward is the paper's: +1 or -1, nothing else.
 """
-
-from __future__ import annotations
 
 import hashlib
 import itertools
@@ -42,17 +39,17 @@ def numbers_of(prompt: str) -> list[int]:
 
 def apply_operator(total: int, operator: str, number: int) -> int | None:
     """total ∘ number, or None where the task forbids it: a result outside 0..99, an inexact division."""
-    if operator not in OPERATORS or operator == "/" and (number == 0 or total % number):
-        return None
-    result = {"+": total + number, "-": total - number, "*": total * number, "/": total // (number or 1)}[operator]
+    results = {"+": total + number, "-": total - number, "*": total * number}
+    if number != 0 and total % number == 0:
+        results["/"] = total // number
+    result = results.get(operator, -1)
     return result if 0 <= result <= LARGEST else None
 
 
 def countdown_solved(numbers: Sequence[int], target: int, response: str) -> bool:
-    """True only if `response` commits with a final `so` and its last attempt (after the last `wait`)
-    uses each number exactly once, has every step right and ends at the target. A check after the total
-    is optional; one that restates another number than the target makes the attempt wrong. Reads the text
-    once, token by token: no eval, no regular expression, no number above 99, so no text can hang it."""
+    """True only if `response` commits with a final `so` and its last attempt (after the last `wait`) uses each number
+    exactly once, has every step right and ends at the target. A check after the total is optional; one of another
+    number makes the attempt wrong. No eval, no regular expression, no number above 99: no text can hang it."""
     words = response.split()
     if not words or words.pop() != "so":
         return False
@@ -91,12 +88,10 @@ def chains(numbers: tuple[int, ...]) -> Counter[int]:
 
 
 class Countdown:
-    """All problems with `count` numbers from 1 to 9 and a target from 10 to 99 that at least `solutions` chains
-    solve, split by a hash of (sorted numbers, target): 90 % train, 5 % validation, 5 % test. No problem is in
-    two splits in any order of its numbers; the order of each split, and of the numbers in each prompt, comes
-    from the same hash, so the first 200 test problems are the same 200 everywhere.
-
-    Three solutions, because blind search almost never finds the only one."""
+    """All problems with `count` numbers from 1 to 9 and a target from 10 to 99 that at least `solutions` chains solve
+    (three, because blind search almost never finds the only one), split by a hash of (sorted numbers, target): 90 %
+    train, 5 % validation, 5 % test. No problem is in two splits in any order of its numbers. The order of a split, and
+    of the numbers in a prompt, is the hash's too, so the first 200 test problems are the same 200 everywhere."""
 
     timeouts = 0                # gradings that had to be stopped: none here, math has some
 

@@ -379,7 +379,7 @@ def test_an_existing_run_is_not_overwritten(monkeypatch, tmp_path):
 def test_overwrite_replaces_runs_and_nothing_else(monkeypatch, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("precious")
-    tried = {"thesis": "is not a run folder", ".": "not a path", "..": "not a path", "a/b": "not a path",
+    tried = {"thesis": "is no run folder", ".": "not a path", "..": "not a path", "a/b": "not a path",
              str(tmp_path / "thesis"): "not a path"}
     for name, sentence in tried.items():
         message = command(monkeypatch, "train.py", "--out", str(tmp_path), "--name", name, "--overwrite")
