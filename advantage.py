@@ -1,11 +1,5 @@
 """From rewards to the objective, and the paper's line. Read after rollout.py.
 
-    group_advantage      rewards of a group of answers -> GRPO's advantages
-    gae, whiten          rewards and a critic's values -> PPO's advantages
-    shape_with_entropy   the paper's one line
-    policy_loss          advantages -> the clipped policy-gradient objective
-    value_loss           what the critic is trained with
-
 Pure functions of tensors; this file imports only torch, so you can lift it into another project as it is.
 Departs from the paper: nowhere in what it states. Where it is silent, this follows verl, which its experiments ran in:
 the unbiased standard deviation, + 1e-6, whitened advantages in PPO. verl's dual clip (a second bound for A < 0 and

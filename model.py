@@ -1,10 +1,5 @@
 """Qwen2, Qwen3 and Llama 3 in plain PyTorch, and everything that touches their weights. Read after train.py.
 
-    Transformer   tokens -> hidden states; explicit positions; an optional KV cache
-    Critic        the same body with a scalar head, for PPO
-    score         log-probabilities and entropies of given tokens, without ever holding all logits
-    load, save    Hugging Face folders in and out; fp32 weights come back bit for bit
-
 Module and parameter names are Hugging Face's, so that a checkpoint loads without a translation table. `score` is where
 the paper's H_t comes from: the entropy over the full vocabulary, of the *current* policy, in the same forward pass that
 computes the policy loss.

@@ -16,9 +16,8 @@ from model import Transformer, head_size
 
 
 def plan(config: dict, s, length: int, rows: int, device: torch.device) -> str:
-    """A table in GB for `rows` sequences of `length` tokens under train.py's settings `s`. ValueError with these numbers
-    and what may help if rollout or update needs more than a GPU has free or this machine has. Activations are estimates
-    from the tensors that a layer keeps; the rest is counted."""
+    """A table in GB for `rows` sequences of `length` tokens under train.py's settings `s`; ValueError if that is more than
+    a GPU has free or this machine has. Activations are estimated from what a layer keeps; the rest is counted."""
     free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else
             os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     with torch.device("meta"):
@@ -31,8 +30,8 @@ def plan(config: dict, s, length: int, rows: int, device: torch.device) -> str:
     kept = layer + 4 * width * layers if s.recompute else layer * layers
     size = {"weights": models * count * (2 if half else 4), "gradients": models * count * (2 if half else 4),
             "optimizer": models * count * (10 if half else 8),
-            "decode weights": count * 2 * (s.decode_dtype != s.weights),
-            "KV cache": rows * length * layers * 2 * kv * (2 if s.decode_dtype == "bfloat16" else 4),
+            "decode weights": count * 2 * ((s.decode_dtype or s.dtype) != s.weights),
+            "KV cache": rows * length * layers * 2 * kv * (2 if (s.decode_dtype or s.dtype) == "bfloat16" else 4),
             "activations": max(s.micro_tokens, length) * kept + 5 * 4 * s.chunk * config["vocab_size"] + 2 * count * mixed}
     update, rollout = sum(size.values()) - size["KV cache"], sum(size.values()) - size["activations"]
     table = (f"memory in GB for {count / 1e9:.3g} billion weights: "

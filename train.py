@@ -93,7 +93,6 @@ class Settings:
     def __post_init__(self) -> None:
         if self.alpha is None:
             self.alpha = {"grpo": 0.4, "ppo": 0.1}[self.algo]
-        self.decode_dtype = self.decode_dtype or self.dtype
 
 
 def check(s: Settings) -> None:
@@ -117,8 +116,7 @@ def run_name(s: Settings) -> str:
     """The algorithm, and every setting that differs from its default, so that two settings never share a folder."""
     usual = Settings(algo=s.algo)
     parts = [f"{f.name.replace('_', '')}={getattr(s, f.name)}" for f in dataclasses.fields(s)
-             if f.name not in ("name", "out", "overwrite", "resume", "dry_run")
-             and getattr(s, f.name) != (s.dtype if f.name == "decode_dtype" else getattr(usual, f.name))]
+             if f.name not in ("name", "out", "overwrite", "resume", "dry_run") and getattr(s, f.name) != getattr(usual, f.name)]
     return quote("-".join([s.algo, *parts]), safe="=,-")
 
 
@@ -142,8 +140,7 @@ def update(model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[
         loss, sums = policy_loss(logp, old, shaped, mask, s.clip_low, s.clip_high, denominator)
         # Not the line above by other means: this gradient is the entropy's own and draws the whole distribution
         # towards uniform, right or wrong; psi has none and only scales the push on the token that was sampled.
-        if s.entropy_coef > 0:
-            loss = loss - s.entropy_coef * torch.where(mask, entropy, 0.0).sum() / denominator
+        loss = loss - s.entropy_coef * torch.where(mask, entropy, 0.0).sum() / denominator
         loss.backward()
         share = torch.where(mask & (plain != 0), (shaped - plain) / plain.abs(), 0.0)               # psi / |A|
         gap = (logp.detach() - old).abs()[mask]
@@ -219,8 +216,7 @@ def train(s: Settings) -> Path | None:
     rows = min(s.slots, max(s.prompts * s.samples, len(validation) * max(s.eval_samples, s.final_samples)))
     planned = plan(config, s, length, rows, device)
     if rank == 0:
-        print(f"{planned}\nproblems with prompts of more than {s.max_prompt_tokens} tokens, left "
-              f"out: {len(size) - len({*problems, *validation})}")
+        print(f"{planned}\nleft out: {len(size) - len({*problems, *validation})} prompts of more than {s.max_prompt_tokens} tokens")
     model = load(s.model, device, getattr(torch, s.weights))[0]
     model.recompute = s.recompute
     parts = {"policy": (model, adamw(model, s.lr, s))}
@@ -228,7 +224,7 @@ def train(s: Settings) -> Path | None:
     if s.algo == "ppo":
         critic = Critic(model)
         parts["critic"] = (critic, adamw(critic, s.critic_lr, s))
-    sampler = Sampler(model, s.slots, length, model.eos_ids, getattr(torch, s.decode_dtype))
+    sampler = Sampler(model, s.slots, length, model.eos_ids, getattr(torch, s.decode_dtype or s.dtype))
     if s.dry_run:           # no response ends, the forward pass leaves nothing out, the cache is a validation's
         sampler.eos_ids, problems, s = (-1,), [longest], dataclasses.replace(s, steps=1, skip_zero=False, critic_warmup=0)
         sampler.allocate(rows)
@@ -295,7 +291,7 @@ def train(s: Settings) -> Path | None:
             line |= explained(critic_updates, *(torch.cat(everyone(x[counted])) for x in (value, ret)))
         line |= {"rollout_s": rolled_out - started, "reward_s": rewarded - rolled_out, "update_s": updated - rewarded,
                  "score_s": sum(u["score_s"] for u in updates), "peak_memory_gb": peak_memory(device),
-                 "timeouts": sum(everyone(task.timeouts))}
+                 "timeouts": sum(everyone(getattr(task, "timeouts", 0)))}
         log.append(line)
         if s.dry_run:
             print(f"{len(episodes)} sequences of {sampler.max_length} tokens, peak memory {line['peak_memory_gb']:.2f} GB; "
@@ -321,8 +317,7 @@ def train(s: Settings) -> Path | None:
     table, record = report(results, [k for k in (1, 4, 16, 64, 256) if k <= s.final_samples])
     write_text(run / "validation.json", json.dumps(record) + "\n")
     print(f"\n{s.task} validation: {len(validation)} problems, {s.final_samples} samples each, temperature "
-          f"{s.temperature}; 95 % intervals over problems\n{table}\n{step_times(log)}\nsaved in {run}: model/ (Hugging Face "
-          "format), log.jsonl (a line a step), validation.jsonl, config.json, validation.json")
+          f"{s.temperature}; 95 % intervals over problems\n{table}\n{step_times(log)}\nsaved in {run}, the model in model/")
     return run
 
 
