@@ -44,8 +44,7 @@ def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -
 
 
 def whiten(x: Tensor, mask: Tensor, chosen: Tensor | None = None) -> Tensor:
-    """Zero mean and unit variance (unbiased) over the True places of the mask; 0 elsewhere. Any shape. `chosen`: the
-    values to take mean and variance of, if not these places'."""
+    """Zero mean and unit variance (unbiased) over the True places of the mask, or over `chosen` values; 0 elsewhere."""
     chosen = x[mask] if chosen is None else chosen
     spread = chosen.std() if len(chosen) > 1 else chosen.new_zeros(())
     return torch.where(mask, (x - chosen.mean()) / (spread + 1e-6), 0.0)

@@ -61,7 +61,7 @@ def resumed(folder: str, arguments: list[str], settings_class):
     for field in dataclasses.fields(settings_class):
         value, default = config[field.name], getattr(usual, field.name)
         fits = default is None or type(value) is type(default) or (type(default), type(value)) == (float, int)
-        if not fits or value not in (field.metadata.get("choices") or [value]):
+        if not fits or value not in [default, *(field.metadata.get("choices") or [value])]:
             raise ValueError(f"{file}: {field.name} cannot be {value!r}")
     return settings_class(**config | {"resume": folder})
 
@@ -88,11 +88,6 @@ def whole(path: Path) -> Iterator[Path]:
         raise OSError(f"{path} could not be written ({error})") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-
-
-def write_text(file: Path, text: str) -> None:
-    with whole(file) as fresh:
-        fresh.write_text(text)
 
 
 def read_json(path: Path) -> dict:
@@ -123,7 +118,8 @@ def read_lines(file: Path, done: int, wanted: range) -> list[dict]:
     if missing := sorted(set(wanted) - {record["step"] for record in records}):
         raise ValueError(f"{file} is damaged: the saved state is of step {done}, but step {missing[0]} is missing")
     if (kept := "".join(json.dumps(record) + "\n" for record in records)) != text:
-        write_text(file, kept)
+        with whole(file) as fresh:
+            fresh.write_text(kept)
     return records
 
 
@@ -178,9 +174,8 @@ def mean(updates: list[Counter], name: str, per: str = "") -> float | None:
 
 
 def summary(step: int, episodes: list, reward: Tensor, updates: list[Counter], samples: int) -> dict:
-    """The log line of a step. Entropy and length are of all sampled tokens (episodes: rollout.Episode); shaping, clip
-    fractions and KL of the scored ones, those of mixed groups if skip_zero; the gap between sampler and scorer of the
-    first update, where both have the same weights. None: nothing was scored, or only the critic learned."""
+    """The log line of a step: entropy and length of all tokens of the rollout.Episodes; shaping, clip fractions and KL of
+    the scored ones; the gap between sampler and scorer of the first update. None: nothing was scored."""
     tokens, first = sum(len(e.response) for e in episodes), updates[:1]
     return {"step": step, "reward": float(reward.mean()), "length": tokens / len(episodes),
             "finished": sum(e.finished for e in episodes) / len(episodes),

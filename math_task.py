@@ -1,5 +1,4 @@
 r"""Real mathematics: data, templates, grading. Read after task.py, which has the same interface.
-
 The final answer stands in a fixed place and is compared with the known one. No text may hang the loop or stop it: one
 pass finds the answer, more than LONGEST characters are wrong unread, numbers and words are compared here, the rest by
 math-verify in a process of its own. 9^{9^{9^9}} hangs in C code, which no exception ends, so that process sets itself an

@@ -3,7 +3,6 @@
 Module and parameter names are Hugging Face's, so that a checkpoint loads without a translation table. `score` is where
 the paper's H_t comes from: the entropy over the full vocabulary, of the *current* policy, in the same forward pass that
 computes the policy loss.
-
 Departs from Hugging Face: no attention mask argument. Sequences are padded on the right only, where causality already
 hides the padding; the lengths say which tokens count.
 """
@@ -13,6 +12,7 @@ import json
 import math
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -248,15 +248,13 @@ def load(path_or_hub_id: str, device: str | torch.device = "cpu",
          dtype: torch.dtype = torch.float32) -> tuple[Transformer, object]:
     """A Hugging Face folder or hub id ("owner/name") -> (Transformer, tokenizer). Each weight is read from safetensors
     into its place: it is in memory once. FileNotFoundError or ValueError say in one sentence what is wrong."""
-    from safetensors import SafetensorError, safe_open
-
     folder, config, tokenizer = opened(path_or_hub_id)
     with torch.device("meta"):                                      # shapes only; what is not read below is an error
         model = Transformer(config)
     wanted = dict(model.to(dtype).to_empty(device=device).state_dict())
     for file in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(file, "pt") as saved:
+            with safetensors.safe_open(file, "pt") as saved:
                 for name in saved.keys():
                     new, place = saved.get_tensor(name), wanted.pop(name.removeprefix("model."), None)
                     if place is None and name.endswith(("lm_head.weight", "rotary_emb.inv_freq")):
@@ -266,7 +264,7 @@ def load(path_or_hub_id: str, device: str | torch.device = "cpu",
                     if place.shape != new.shape:
                         raise ValueError(f"{name} in {file} is {(*new.shape,)}, config.json wants {(*place.shape,)}")
                     place.copy_(new)
-        except SafetensorError as error:
+        except safetensors.SafetensorError as error:
             raise ValueError(f"{file} is not a readable safetensors file ({error})") from None
     if wanted:
         raise ValueError(f"{folder} lacks {len(wanted)} tensors, {min(wanted)} among them; only safetensors are read")
@@ -311,10 +309,7 @@ def find_folder(path_or_hub_id: str) -> Path:
 
 
 def save(model: Transformer, tokenizer, directory: str | Path) -> None:
-    """Writes what transformers' from_pretrained loads, with the weights in the type they have here, wholly or not at
-    all (checkpoint.whole). OSError if it cannot be written."""
-    from safetensors.torch import save_file
-
+    """Writes what transformers' from_pretrained loads, wholly or not at all (checkpoint.whole). OSError if it cannot."""
     weights = {name if name.startswith("lm_head") else "model." + name: tensor.detach().cpu().contiguous()
                for name, tensor in model.state_dict().items()}
     dtype = str(model.head.dtype).removeprefix("torch.")
@@ -322,7 +317,7 @@ def save(model: Transformer, tokenizer, directory: str | Path) -> None:
     eos = model.eos_ids[0] if len(model.eos_ids) == 1 else list(model.eos_ids)
     with whole(Path(directory)) as fresh:
         fresh.mkdir()
-        save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
+        safetensors.torch.save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
         for name, content in (("config.json", config), ("generation_config.json", {"eos_token_id": eos})):
             (fresh / name).write_text(json.dumps(content, indent=2) + "\n")
         tokenizer.save_pretrained(fresh)

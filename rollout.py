@@ -3,11 +3,9 @@
 A *slot* is a row of the cache, at a position of its own: nothing is ever padded on the left. A prompt runs through the
 model once; its keys and values are copied to its G samples. A slot takes the next sequence when the host sees that its
 own has ended. The host looks every few tokens; till then the slot writes into a spare column, and no step waits for it.
-
 Each token is recorded with its log-probability and entropy under the distribution it was sampled from, in fp32 (at its
 temperature, truncated if top_p < 1). Training uses top_p = 1, and takes these log-probabilities as the old policy's.
-
-Departs from the paper: nothing in the maths; the paper samples with a serving engine (its framework's).
+Departs from the paper: not in the maths; it samples with a serving engine.
 """
 
 import copy
@@ -57,8 +55,7 @@ def draw(problems: Sequence, count: int, step: int, seed: int) -> list:
     return chosen
 
 
-def sample(logits: Tensor, temperature: float, top_p: float,
-           generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """logits [S, V] -> token, logp, entropy [S], in fp32, of softmax(logits / temperature) truncated to top_p.
     The token is the first whose cumulative probability, in fp64, exceeds a uniform number: one number a row, where
     the usual argmax(p / E) takes an exponential one for every word of the vocabulary."""

@@ -1,13 +1,11 @@
 """What a model needs that outgrows a laptop: memory that is known beforehand, bfloat16 weights, several processes. Read
 after checkpoint.py.
-
 Departs from the paper: it trains with a framework that shards the model over many cards. Here every process holds all of
 it and a share of the prompts, so more processes save time, not memory.
 """
 
 import os
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -76,7 +74,7 @@ def join(device: torch.device) -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def everyone(mine: Any) -> list:
+def everyone(mine: object) -> list:
     """What each process passed, in the order of ranks; all of them must call it."""
     if not dist.is_initialized():
         return [mine]

@@ -9,7 +9,6 @@ one token per number, operator and word. A response is a chain of attempts. `vs 
 check, which the model may make or skip. `wait` drops the attempt and starts another. `so` commits to the last one.
 These are, in small, the three kinds of exploratory action of the paper's Section 2: which operand and operator to take
 is a *pivotal* choice, checks and restarts are *reflective* actions, unusual expressions are *rare* behaviours.
-
 Departs from the paper: the paper trains on mathematics (DAPO-Math-17k, answers in \\boxed{}); this task needs no
 download, and its verifier is exact. The reward is the paper's: +1 or -1, nothing else.
 """
@@ -104,9 +103,7 @@ class Countdown:
             split = {0: validation, 1: test}.get(int.from_bytes(digest[:4], "big") % 20, train)
             order = sorted(range(count), key=lambda i: digest[4 + i])
             split.append(Problem(f"{' '.join(str(numbers[i]) for i in order)} -> {target} ?", str(target)))
-        self.train: list[Problem] = train
-        self.validation: list[Problem] = validation
-        self.test: list[Problem] = test
+        self.train, self.validation, self.test = train, validation, test
 
     def encode(self, problem: Problem, tokenizer) -> list[int]:
         """Token ids of the prompt. The template is the prompt itself; this tokenizer has no BOS."""

@@ -3,7 +3,6 @@
 `python train.py` trains the embedded base model on countdown with GRPO and the paper's line; every setting below is a
 flag. The whole method is `train` and `update`, one screen each. `--algo ppo` takes a critic's word for what is usual
 where GRPO takes the group's mean; the rest is the same.
-
 Departs from the paper: scaled down. 32 prompts x 16 samples and 8 updates per rollout instead of 512 x 8 and 16, responses
 of 128 tokens instead of 8K, learning rates for 0.4 M parameters instead of 7 B. As in the paper: the rest of PRESETS. What
 the paper does not state is the field's usual: weight decay, gradient clip, value clip, a constant learning rate.
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from advantage import gae, group_advantage, policy_loss, shape_with_entropy, value_loss, whiten
 from checkpoint import (append, explained, load_state, open_run, peak_memory, read_lines, resumed, save_run, step_times,
-                        stop, summary, write_text)
+                        stop, summary, whole)
 from evaluate import check_numbers, count_solved, flag, parse_flags, pick_device, report
 from model import Critic, Transformer, load, opened, save, score
 from rollout import Episode, Sampler, collate, draw, micro_batches, per_token, seeded_generator, texts
@@ -104,9 +103,8 @@ def check(s: Settings) -> None:
             ("critic_warmup", s.algo == "grpo" or s.critic_warmup < s.steps, "less than --steps, or the policy never moves"),
             ("minibatch", s.prompts % s.minibatch == 0, f"a divisor of --prompts, {s.prompts}"),
             ("minibatch", s.minibatch % int(os.environ.get("WORLD_SIZE", 1)) == 0, "a multiple of the number of processes"),
-            ("clip_low", s.clip_low < 1, "less than 1"), ("grad_clip", s.grad_clip > 0, "positive"),
-            ("gamma", s.gamma <= 1, "at most 1"), ("lam", s.lam <= 1, "at most 1"),
-            ("temperature", 1e-3 <= s.temperature <= 1e3, "from 0.001 to 1000"),
+            ("gamma", s.gamma <= 1, "at most 1"), ("lam", s.lam <= 1, "at most 1"), ("clip_low", s.clip_low < 1, "less than 1"),
+            ("grad_clip", s.grad_clip > 0, "positive"), ("temperature", 1e-3 <= s.temperature <= 1e3, "from 0.001 to 1000"),
             ("weights", s.weights in ("float32", s.dtype), "float32, or bfloat16 with --dtype bfloat16")):
         if not good:
             raise ValueError(f"--{name.replace('_', '-')} must be {wanted}; it is {getattr(s, name)}")
@@ -310,12 +308,12 @@ def train(s: Settings) -> Path | None:
             tqdm.write("no group had both right and wrong answers in 20 steps, so nothing is learned (mean reward "
                        f"{line['reward']:+.2f}): try more --samples, easier problems or another --template", file=sys.stderr)
         bar.set_postfix(reward=f"{line['reward']:+.2f}", entropy=f"{line['entropy']:.2f}", length=f"{line['length']:.0f}")
-
     if rank > 0:
         return run
     results = {"base": validated[0], "trained": validated[-1]}
     table, record = report(results, [k for k in (1, 4, 16, 64, 256) if k <= s.final_samples])
-    write_text(run / "validation.json", json.dumps(record) + "\n")
+    with whole(run / "validation.json") as fresh:
+        fresh.write_text(json.dumps(record) + "\n")
     print(f"\n{s.task} validation: {len(validation)} problems, {s.final_samples} samples each, temperature "
           f"{s.temperature}; 95 % intervals over problems\n{table}\n{step_times(log)}\nsaved in {run}, the model in model/")
     return run
