@@ -362,7 +362,7 @@ def draw(comparisons: dict, file: Path) -> None:
             axis.bar(np.arange(len(found)) + shift, mean, 0.38, color=colour, label=label)
             axis.vlines(np.arange(len(found)) + shift, *ends.reshape(-1, 2).T, color="0")
         axis.margins(y=0.25)                                # room for the legend
-        axis.set_xticks(range(len(found)), [name[-20:].replace("$", r"\$") for name, _ in found])
+        axis.set_xticks(range(len(found)), [Path(name).name[-16:].replace("$", r"\$") for name, _ in found])
         axis.set(ylabel="mean entropy, nats", title=subject)
         axis.legend(frameon=False, ncols=2, loc="upper center")
     figure.savefig(file, dpi=150)
