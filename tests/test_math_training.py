@@ -46,7 +46,7 @@ def test_two_steps_on_gsm8k(qwen2, questions, tmp_path, monkeypatch, capsys, alg
     file, rows = questions
     folder = checkpoint(qwen2, rows, family=family, max_position_embeddings=2048)
     task = train.load_task("math", str(file), "", template)
-    graded, real = [], type(task).reward
+    graded, real, before = [], type(task).reward, type(task).timeouts       # other tests of this process had some
     monkeypatch.setattr(type(task), "reward", lambda self, p, text, done: graded.append(
         (p, text, done, real(self, p, text, done))) or (1.0 if len(graded) % 3 else -1.0))
     run = train.train(Settings(
@@ -54,7 +54,7 @@ def test_two_steps_on_gsm8k(qwen2, questions, tmp_path, monkeypatch, capsys, alg
         prompts=4, samples=4, minibatch=2, lr=1e-2, max_new_tokens=24, max_prompt_tokens=900, eval_problems=3, eval_samples=1,
         final_samples=2, slots=16, **more))
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2] and all(line["timeouts"] == 0 for line in lines)
+    assert [line["step"] for line in lines] == [1, 2] and all(line["timeouts"] == before for line in lines)
     assert len(graded) == 3 * 2 + 2 * 16 + 3 * 2 and {g[0].prompt for g in graded} <= {row["question"].strip() for row in rows}
     assert all(done or reward == -1.0 for _, _, done, reward in graded)
     trained = AutoModelForCausalLM.from_pretrained(run / "model")
