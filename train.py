@@ -206,15 +206,15 @@ def train(s: Settings) -> Path | None:
     device, task = pick_device(s.device), load_task(s.task, s.data, s.test_data, s.template)
     rank, world = join(device)
     (_, config, tokenizer), both = opened(s.model), (task.train, task.validation[:s.eval_problems])
-    size = {p: len(task.encode(p, tokenizer)) for part in both for p in part}
-    problems, validation = ([p for p in part if size[p] <= s.max_prompt_tokens] for part in both)
+    tokens = {p: len(task.encode(p, tokenizer)) for part in both for p in part}
+    problems, validation = ([p for p in part if tokens[p] <= s.max_prompt_tokens] for part in both)
     if not problems or not validation:
         raise ValueError(f"{s.task} has {len(problems)} training and {len(validation)} validation problems; both are needed")
-    length = size[longest := max([*problems, *validation], key=size.get)] + s.max_new_tokens
+    length = tokens[longest := max([*problems, *validation], key=tokens.get)] + s.max_new_tokens
     rows = min(s.slots, max(s.prompts * s.samples, len(validation) * max(s.eval_samples, s.final_samples)))
     planned = plan(config, s, length, rows, device)
     if rank == 0:
-        print(f"{planned}\nleft out: {len(size) - len({*problems, *validation})} prompts of more than {s.max_prompt_tokens} tokens")
+        print(f"{planned}\nleft out: {len(tokens) - len({*problems, *validation})} prompts of more than {s.max_prompt_tokens} tokens")
     model = load(s.model, device, getattr(torch, s.weights))[0]
     model.recompute = s.recompute
     parts = {"policy": (model, adamw(model, s.lr, s))}
