@@ -29,11 +29,10 @@ def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -
 
         A_t = delta_t + gamma lam A_(t+1),      return_t = A_t + V_t
 
-    reward, value, mask, both results [B, T]; mask True on response tokens, which are contiguous in a row; value_t is
-    of the state in which token t is chosen. Both results are 0 outside the mask. At gamma = lam = 1 (the paper) A_t is
-    the reward to come minus V_t. After a row's last token comes nothing: V = 0 there, for a response cut at the length
-    limit too, which the task has given its -1. The paper is silent; the alternative treats the cut as a pause and takes
-    the critic's value of the cut text in place of a reward, so that length itself is not punished."""
+    All [B, T]; mask True on response tokens, contiguous in a row; value_t is of the state in which token t is chosen.
+    Both results are 0 outside the mask. At gamma = lam = 1 (the paper) A_t is the reward to come minus V_t. After a row's
+    last token comes nothing: V = 0 there, for a response cut at the length limit too, which the task has given its -1. The
+    paper is silent; the alternative takes the critic's value of the cut text, so that length itself is not punished."""
     advantage, later, next_value = torch.zeros_like(value), value.new_zeros(len(value)), value.new_zeros(len(value))
     for t in reversed(range(value.shape[1])):
         delta = reward[:, t] + gamma * next_value - value[:, t]                                 # [B]
@@ -72,10 +71,9 @@ def shape_with_entropy(advantage: Tensor, entropy: Tensor, alpha: float, kappa: 
 def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, clip_low: float,
                 clip_high: float, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped objective with a higher upper bound (clip-higher), summed over tokens and divided by `denominator`:
-    the response tokens of the whole optimizer step, the left-out ones included, so that how the step is cut into
-    micro-batches changes nothing. All [B, T]; mask True on response tokens. The statistics are sums over tokens:
-      tokens; clipped_low (A < 0, ratio below 1 - clip_low) and clipped_high (A > 0, ratio above 1 + clip_high), where
-      the gradient is cut; kl, of old from new policy by the estimator r - 1 - log r."""
+    the response tokens of the whole optimizer step, left-out ones included, so that micro-batches change nothing. All
+    [B, T]; mask True on response tokens. The statistics are sums over tokens: tokens; clipped_low (A < 0, ratio below
+    1 - clip_low) and clipped_high (A > 0, ratio above 1 + clip_high), where the gradient is cut; kl, of old from new."""
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
     ratio = log_ratio.exp()
     objective = torch.min(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)

@@ -6,8 +6,7 @@ mean and far more noise; drawing K with replacement is biased.
 The intervals are 95 % bootstrap intervals over problems: what other problems of the kind would give, not what another
 training seed would. Models are compared on the same problems, pair by pair, and with the same random numbers, so that a
 model and its copy differ by exactly 0 (train.py's evaluations before and after have different ones).
-Departs from the paper: it samples at T = 0.6, top-p 0.95 (`--preset paper`) and gives no intervals. The default here is
-the distribution that was trained, T = 1 without truncation.
+Departs from the paper: it samples at T = 0.6, top-p 0.95 (`--preset paper`), gives no intervals. Here T = 1, as trained.
 """
 
 import argparse

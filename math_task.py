@@ -2,8 +2,8 @@ r"""Real mathematics: data, templates, grading. Read after task.py, which has th
 The final answer stands in a fixed place and is compared with the known one. No text may hang the loop or stop it: one
 pass finds the answer, more than LONGEST characters are wrong unread, numbers and words are compared here, the rest by
 math-verify in a process of its own. 9^{9^{9^9}} hangs in C code, which no exception ends, so that process sets itself an
-alarm whose action is death: the answer is wrong, `timeouts` counts it, and a new process starts. The paper does not say
-how it grades; here units, `%`, `x =` and a numeral's base are ignored.
+alarm whose action is death: the answer is wrong, `timeouts` counts it. The paper does not say how it grades; here units
+(in \text{} or known to math-verify), `%`, `x =` and a numeral's base are ignored.
 """
 
 import functools
@@ -28,6 +28,7 @@ LONGEST, SECONDS = 300, 5.0                     # characters of an answer; secon
 PLACE = re.compile(r"\\boxed\s*\{|\\(?!\\boxed).|[{}]|answer[ \t]*:", re.DOTALL | re.IGNORECASE)   # `\{` is no brace
 NOISE = re.compile(r"(?<!\\)\\(?:!\s*|[,()\[\]$])|\$|\bdollars?\b")         # math delimiters, thin spaces, currency
 WRAPPED = re.compile(r"\A\\(?:text\w*|mathrm|mathbf|mbox)\s*\{([^{}]*)\}\Z")
+SCALE = re.compile(r"hundred|thousand|million|billion|trillion|dozen|feet")
 NUMBER = re.compile(r"[+-]?(?:\d+/0*[1-9]\d*|(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?)", re.ASCII)
 
 
@@ -57,10 +58,10 @@ def plain(text: str) -> Fraction | str:
 
 def math_equal(predicted: str, gold: str) -> bool:
     """Whether an answer is the known one. Never hangs and never raises, whatever `predicted` is."""
-    if not 0 < len(predicted) <= LONGEST:
+    if not 0 < len(predicted) <= LONGEST or {*SCALE.findall(predicted)} - {*SCALE.findall(gold)}:   # 5 million is not 5
         return False
     a, b = plain(predicted), plain(gold)
-    word = isinstance(b, str) and len(b) > 3 and b.replace(" ", "").isalpha()  # for math-verify east = e·a·s·t = seat
+    word = isinstance(b, str) and b.replace(" ", "").isalpha() and len(b) > 3 - 2 * b.isupper()     # else east = seat
     here = a == b or word or isinstance(a, Fraction) and isinstance(b, Fraction)
     return str(a).casefold() == str(b).casefold() != "" if here else verified(str(a), str(b))
 
@@ -75,6 +76,8 @@ def verified(predicted: str, gold: str) -> bool:
     try:
         print(json.dumps([SECONDS, gold, predicted]), file=Math.grader.stdin, flush=True)
         return (reply := Math.grader.stdout.readline()) == "1\n"
+    except OSError:                             # it died between two answers
+        return False
     finally:                                    # also on Ctrl-C: the next answer must not get the reply to this one
         if not reply:
             Math.timeouts += 1
@@ -155,8 +158,8 @@ if __name__ == "__main__":                      # the process: grades line after
         try:
             from math_verify import parse, verify       # here, off the clock; without it everything is wrong
             signal.setitimer(signal.ITIMER_REAL, seconds)
-            gold, predicted = (parse(f"${answer}$", parsing_timeout=None) for answer in answers)    # its own limits are
-            right = verify(gold, predicted, timeout_seconds=None)                   # off: they need the same alarm
+            gold, predicted = (parse(f"${answer}$", parsing_timeout=None) for answer in answers)    # limits of its own are
+            right = verify(gold, predicted, allow_set_relation_comp=True, timeout_seconds=None)     # off: the same alarm
         except Exception:
             right = False
         signal.setitimer(signal.ITIMER_REAL, 0)

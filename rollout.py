@@ -118,9 +118,8 @@ class Sampler:
     def generate(self, prompts: Sequence[Sequence[int]], samples_per_prompt: int, max_new_tokens: int,
                  temperature: float, generator: torch.Generator, top_p: float = 1.0,
                  progress: str | None = None) -> list[Episode]:
-        """`samples_per_prompt` episodes for each prompt, in the order of the prompts. Same prompts, weights,
-        slots and generator state: same episodes (bit for bit on a CPU). ValueError for an empty prompt, one that
-        leaves no room for `max_new_tokens` (at least 1), a temperature outside 0.001..1000 or top_p outside (0, 1]."""
+        """`samples_per_prompt` episodes for each prompt, in the order of the prompts. Same prompts, weights, slots and
+        generator state: same episodes (bit for bit on a CPU). ValueError for settings or prompts out of their bounds."""
         if not 1e-3 <= temperature <= 1e3 or not 0 < top_p <= 1 or max_new_tokens < 1:
             raise ValueError("sampling needs temperature > 0 (0.001 to 1000), 0 < top_p <= 1 and a new token at least, "
                              f"not {temperature}, {top_p} and {max_new_tokens}")
@@ -181,7 +180,9 @@ class Sampler:
                 kept = sorted(busy)
                 rows, busy, keep = len(kept), {row: busy[slot] for row, slot in enumerate(kept)}, on_device(kept)
                 token, position, count, alive, *records = (x[keep] for x in (token, position, count, alive, *records))
-                cache = cache[:, :, keep]
+                old, cache = cache, self.part(rows, cache.shape[4])     # in the same buffer, from the first layer on
+                for new, held in zip(cache.flatten(0, 1), old.flatten(0, 1)):
+                    new.copy_(held[keep])
         bar.close()
         return episodes
 
@@ -201,8 +202,8 @@ class Sampler:
         return grown
 
     def prefill(self, prompts: Sequence[Sequence[int]], first: int) -> tuple[Tensor, int]:
-        """Runs prompts[first:end], all but their last tokens (which the first decode step takes), through the model, as
-        many as the token budget allows -> their keys and values [layers, 2, prompts, kv_heads, T, d], and `end`."""
+        """Runs prompts[first:end], within the budget, all but their last tokens (the first decode step's), through the
+        model -> keys and values [layers, 2, prompts, kv_heads, T, d], and `end`."""
         end, longest = first + 1, max(1, len(prompts[first]) - 1)
         while end < len(prompts) and max(longest, len(prompts[end]) - 1) * (end + 1 - first) <= PREFILL_TOKENS:
             longest, end = max(longest, len(prompts[end]) - 1), end + 1

@@ -17,7 +17,7 @@ def plan(config: dict, s, length: int, rows: int, device: torch.device) -> str:
     """A table in GB for `rows` sequences of `length` tokens under train.py's settings `s`; ValueError if that is more than
     a GPU has free or this machine has. Activations are estimated from what a layer keeps; the rest is counted."""
     free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else
-            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     with torch.device("meta"):
         count = sum(p.numel() for p in Transformer(config).parameters())
     models, half, mixed = 1 + (s.algo == "ppo"), s.weights == "bfloat16", s.dtype != s.weights

@@ -9,8 +9,7 @@ one token per number, operator and word. A response is a chain of attempts. `vs 
 check, which the model may make or skip. `wait` drops the attempt and starts another. `so` commits to the last one.
 These are, in small, the three kinds of exploratory action of the paper's Section 2: which operand and operator to take
 is a *pivotal* choice, checks and restarts are *reflective* actions, unusual expressions are *rare* behaviours.
-Departs from the paper: the paper trains on mathematics (DAPO-Math-17k, answers in \\boxed{}); this task needs no
-download, and its verifier is exact. The reward is the paper's: +1 or -1, nothing else.
+Departs from the paper: it trains on mathematics; this needs no download, and its verifier is exact. Reward: +1 or -1.
 """
 
 import hashlib

@@ -1,8 +1,7 @@
 """The loop: sample -> reward -> advantage -> (score, shape, loss, step). Read after advantage.py.
 
-`python train.py` trains the embedded base model on countdown with GRPO and the paper's line; every setting below is a
-flag. The whole method is `train` and `update`, one screen each. `--algo ppo` takes a critic's word for what is usual
-where GRPO takes the group's mean; the rest is the same.
+`python train.py` trains the embedded model with GRPO and the paper's line; every setting below is a flag. The method is
+`train` and `update`, one screen each. `--algo ppo` takes a critic's word for what is usual where GRPO takes the mean.
 Departs from the paper: scaled down. 32 prompts x 16 samples and 8 updates per rollout instead of 512 x 8 and 16, responses
 of 128 tokens instead of 8K, learning rates for 0.4 M parameters instead of 7 B. As in the paper: the rest of PRESETS. What
 the paper does not state is the field's usual: weight decay, gradient clip, value clip, a constant learning rate.
@@ -98,6 +97,7 @@ def check(s: Settings) -> None:
     """ValueError, in one sentence, for settings that make no sense."""
     check_numbers(s)
     for name, good, wanted in (
+            ("name", s.dry_run or s.resume or len(s.name or run_name(s)) < 240, "given, as these settings make too long a name"),
             ("kappa", s.kappa > 1, "greater than 1, or shaping could flip a sign"),
             ("samples", s.samples > 1 or s.algo == "ppo", "at least 2: a group of one has no baseline to compare with"),
             ("critic_warmup", s.algo == "grpo" or s.critic_warmup < s.steps, "less than --steps, or the policy never moves"),
@@ -181,7 +181,8 @@ def descend(module: torch.nn.Module, optimizer: torch.optim.Optimizer, total: Co
     """Adds up what all processes have, clips, refuses what is not finite, and steps. Gradients come in zeroed and leave
     so: zeros, not None, because a step without live sequences is a step too."""
     parts = everyone(total)
-    total = Counter({name: (max if name == "gap_max" else sum)(part[name] for part in parts) for name in set().union(*parts)})
+    for name in set().union(*parts):
+        total[name] = (max if name in ("gap_max", "score_s") else sum)(part[name] for part in parts)
     if len(parts) > 1:
         for parameter in module.parameters():
             torch.distributed.all_reduce(parameter.grad)
@@ -214,7 +215,7 @@ def train(s: Settings) -> Path | None:
     rows = min(s.slots, max(s.prompts * s.samples, len(validation) * max(s.eval_samples, s.final_samples)))
     planned = plan(config, s, length, rows, device)
     if rank == 0:
-        print(f"{planned}\nleft out: {len(tokens) - len({*problems, *validation})} prompts of more than {s.max_prompt_tokens} tokens")
+        print(f"{planned}\nleft out: {len(tokens) - len({*problems, *validation})} prompts over {s.max_prompt_tokens} tokens")
     model = load(s.model, device, getattr(torch, s.weights))[0]
     model.recompute = s.recompute
     parts = {"policy": (model, adamw(model, s.lr, s))}
@@ -310,8 +311,8 @@ def train(s: Settings) -> Path | None:
         bar.set_postfix(reward=f"{line['reward']:+.2f}", entropy=f"{line['entropy']:.2f}", length=f"{line['length']:.0f}")
     if rank > 0:
         return run
-    results = {"base": validated[0], "trained": validated[-1]}
-    table, record = report(results, [k for k in (1, 4, 16, 64, 256) if k <= s.final_samples])
+    ks = [k for k in (1, 4, 16, 64, 256) if k <= s.final_samples]
+    table, record = report({"base": validated[0], "trained": validated[-1]}, ks)
     with whole(run / "validation.json") as fresh:
         fresh.write_text(json.dumps(record) + "\n")
     print(f"\n{s.task} validation: {len(validation)} problems, {s.final_samples} samples each, temperature "

@@ -480,3 +480,22 @@ def test_without_math_verify(tmp_path, monkeypatch, capsys):
         Math.grader.kill()
         Math.grader.communicate()
         verified.cache_clear()
+
+
+@pytest.mark.parametrize("predicted, gold, right", [
+    ("-2\\le x\\le 7", "x \\in [-2,7]", True), ("x>5", "(5,\\infty)", True), ("5 < x < 6", "[5,6]", False),
+    ("5\\text{ million}", "5", False), ("5\\text{ dozen}", "5", False), ("5\\text{ million}", "5\\text{ million}", True),
+    ("ACB", "ABC", False), ("ABC", "ABC", True), ("BA", "AB", False)])
+def test_what_a_sceptic_found(predicted, gold, right):
+    assert math_equal(predicted, gold) is right
+
+
+def test_a_grader_that_dies_between_two_answers_is_replaced(monkeypatch):
+    assert math_equal("\\frac{2}{7}", "2/7")
+    dead = Math.grader
+    dead.kill()
+    dead.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(dead, "poll", lambda: None)           # as if it had been asked a moment before
+        assert not math_equal("\\frac{3}{8}+x", "x+y")
+    assert math_equal("x+\\frac{1}{2}", "\\frac12+x") and Math.grader is not dead

@@ -78,7 +78,7 @@ def test_long_prompts_are_left_out_and_counted(qwen2, questions, tmp_path, capsy
     limit = sizes[len(sizes) // 2]
     train.train(Settings(out=str(tmp_path), model=str(folder), task="math", data=str(file), template="none", eval_problems=2,
                          max_prompt_tokens=limit, dry_run=True, prompts=2, samples=2, minibatch=2, max_new_tokens=8, slots=4))
-    assert f"left out: {sum(size > limit for size in sizes)} prompts of more than {limit} tokens" in capsys.readouterr().out
+    assert f"left out: {sum(size > limit for size in sizes)} prompts over {limit} tokens" in capsys.readouterr().out
 
 
 def test_the_presets_are_the_papers_numbers():

@@ -338,6 +338,7 @@ def command(monkeypatch, script, *arguments):
 @pytest.mark.parametrize("flags, sentence", [
     ("--alpha -0.1", "--alpha must be at least 0; it is -0.1"), ("--alpha nan", "--alpha must be"),
     ("--kappa 1", "--kappa must be greater than 1"), ("--kappa inf", "--kappa must be"),
+    ("--data " + "x" * 240, "--name must be given, as these settings make too long a name"),
     ("--samples 1", "a group of one has no baseline"), ("--minibatch 5", "--minibatch must be a divisor of --prompts, 32; it is 5"),
     ("--minibatch 0", "--minibatch"), ("--clip-low 1.5", "--clip-low"), ("--temperature 0", "--temperature must be from 0.001 to 1000"), ("--prompts 6", "a divisor of --prompts, 6; it is 4"),
     ("--steps -1", "--steps"), ("--prompts 0", "--prompts"), ("--model ./nowhere", "there is no model folder ./nowhere"),
