@@ -11,12 +11,11 @@
         responses cut at the limit        0.0617        tokens per response              49.3512
 
 A trace is a countdown prompt and a response that searches blindly: every attempt takes the numbers in a random order and
-at each step one of the operators that keep the total a whole number in 0..99. 60 % of attempts are checked against the
-target (`vs 23`, written out so that the model can learn to compare its total with the number that stands next to it). A
-checked hit is followed by `so`, a checked miss mostly by `wait` and sometimes (15 %) by giving up with `so`; an unchecked
-attempt by `wait` or a blind `so`, evenly. A trace that fails, or does not end within 128 tokens, is kept with a probability
-of 30 %, cut there, so that all positions are trained. Only training problems are used, those with few solutions too, in
-any order of their numbers.
+at each step one of the operators that keep the total a whole number in 0..99. 60 % of attempts are checked (`vs 23`, so
+that the model can learn to compare its total with the target, which stands next to it). A checked hit is followed by
+`so`, a checked miss mostly by `wait` and sometimes (15 %) by giving up with `so`; an unchecked attempt by `wait` or a
+blind `so`, evenly. A trace that fails, or is cut at 128 tokens (so that all positions are trained), is kept with a
+probability of 30 %. Only training problems are used, those with few solutions too, in any order of their numbers.
 """
 
 import math
@@ -204,25 +203,24 @@ class Behaviour(Counter):
                      "cut": not episode.finished})
         for a in (a for a in attempts(problem.prompt, response) if a["then"]):      # one that was cut off says nothing
             kind = ("checked" if a["checked"] else "unchecked", "hit" if a["hit"] else "miss")
-            self.update({"attempts": 1, "steps": a["steps"], "wrong steps": a["wrong"], "wrong operands": not a["operands"],
-                         "hits": a["hit"], kind: 1, (*kind, "so"): a["then"] == "so"})
+            self.update({"attempts": 1, "steps": a["steps"], "wrong steps": a["wrong"], "hits": a["hit"],
+                         "wrong operands": not a["operands"], kind: 1, (*kind, "so"): a["then"] == "so"})
 
     def figures(self) -> dict[str, float]:
-        c = self
-        checked, unchecked = (c[kind, "hit"] + c[kind, "miss"] for kind in ("checked", "unchecked"))
-        blind = c["unchecked", "hit", "so"] + c["unchecked", "miss", "so"]
+        checked, unchecked = (self[kind, "hit"] + self[kind, "miss"] for kind in ("checked", "unchecked"))
+        blind = self["unchecked", "hit", "so"] + self["unchecked", "miss", "so"]
         share = lambda part, whole: part / max(1, whole)
-        return {"steps with wrong arithmetic": share(c["wrong steps"], c["steps"]),
-                "attempts with wrong operands": share(c["wrong operands"], c["attempts"]),
-                "so after a checked hit": share(c["checked", "hit", "so"], c["checked", "hit"]),
-                "so after a checked miss": share(c["checked", "miss", "so"], c["checked", "miss"]),
+        return {"steps with wrong arithmetic": share(self["wrong steps"], self["steps"]),
+                "attempts with wrong operands": share(self["wrong operands"], self["attempts"]),
+                "so after a checked hit": share(self["checked", "hit", "so"], self["checked", "hit"]),
+                "so after a checked miss": share(self["checked", "miss", "so"], self["checked", "miss"]),
                 "so after an unchecked attempt": share(blind, unchecked),
-                "attempts that hit": share(c["hits"], c["attempts"]),
-                "attempts per response": share(c["attempts"], c["responses"]),
-                "checks per response": share(checked, c["responses"]),
-                "responses cut at the limit": share(c["cut"], c["responses"]),
-                "tokens per response": share(c["tokens"], c["responses"]),
-                "entropy in nats": share(c["entropy"], c["tokens"])}
+                "attempts that hit": share(self["hits"], self["attempts"]),
+                "attempts per response": share(self["attempts"], self["responses"]),
+                "checks per response": share(checked, self["responses"]),
+                "responses cut at the limit": share(self["cut"], self["responses"]),
+                "tokens per response": share(self["tokens"], self["responses"]),
+                "entropy in nats": share(self["entropy"], self["tokens"])}
 
 
 def report(folder: str) -> dict[str, float]:
