@@ -3,21 +3,18 @@
     decode   equal lengths: our sampler against transformers' generate, dynamic and static cache
     refill   natural lengths, four times as many sequences as slots, against generate in static batches
     update   the policy's update at equal tokens, against the same loss written over transformers' model
-    step     a whole GRPO step against TRL's GRPOTrainer (pip install trl datasets), at a real run's equal groups and at none
+    step     a GRPO step against TRL's GRPOTrainer (pip install trl datasets), at a real run's equal groups and at none
     memory   the peak resident memory of such a step, and what it was before, each side in a process of its own
     growth   our decode and update time against batch, length and share of equal groups
 
-Both sides get the same weights, prompts and numbers of samples, and work in turn in one process, so that whatever else the
-machine does meets both. The first turn warms up and does not count. A ratio is the peer's seconds over ours in the same
-turn. The learning rate is 0: every turn starts from the same weights. No gradient checkpointing; bf16 only where it says so.
+Both sides get the same weights, prompts and numbers of samples, and work in turn in one process, so that whatever else
+the machine does meets both; the first turn warms up and does not count. A ratio is the peer's seconds over ours in that
+turn. The learning rate is 0: every turn has the same weights. No gradient checkpointing; bf16 only where it says so.
 
-What is not equal. Our sampler records log-probabilities and entropies, and keeps its cache from turn to turn; generate does
-neither. Where lengths are natural, both draw anew every turn. TRL scores a rollout once more before it learns from it (we
-take the sampler's log-probabilities) and has no entropy line; it takes 16 sequences at a time, which is about our
-micro-batch and needs less memory than its 64 at a time, at the same speed.
+Not equal: our sampler records log-probabilities and entropies and keeps its cache between turns, generate does neither.
+Natural lengths are drawn anew every turn. TRL has no entropy line and scores a rollout again (we take the sampler's
+log-probabilities); its 16 sequences at a time, about our micro-batch, need less memory than 64, at the same speed.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import itertools
@@ -27,35 +24,34 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import train
 from advantage import group_advantage, policy_loss, shape_with_entropy
-from checkpoint import peak_memory
-from evaluate import flag, parse_flags, pick_device
+from evaluate import check_numbers, flag, parse_flags, pick_device
 from model import Transformer, load
 from rollout import Episode, Sampler, collate, micro_batches, per_token, seeded_generator
 from task import load_task
 
 COMMANDS = ("decode", "refill", "update", "step", "memory", "growth")
 # "tiny" is the embedded model; of the others only the shape counts, the weights are random.
-SHAPES = {"1.5b": dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-                       num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True),
-          "7b": dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-                     num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False)}
+QWEN = dict(model_type="qwen2", rms_norm_eps=1e-6, rope_theta=1e6, num_hidden_layers=28)
+SHAPES = {"1.5b": dict(QWEN, vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_attention_heads=12,
+                       num_key_value_heads=2, tie_word_embeddings=True),
+          "7b": dict(QWEN, vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_attention_heads=28,
+                     num_key_value_heads=4, tie_word_embeddings=False)}
 SAMPLES, MINIBATCH, LIMIT = 16, 4, 128          # answers per problem, problems per optimizer step, longest response
 SHAPE = (128, 32)                               # growth: the smallest shape, sequences and tokens
 SIDES = ("ours", "trl-16-at-a-time", "trl-64-at-a-time")       # memory
 Turns = dict[str, list[tuple[float, int]]]      # side -> seconds and tokens of every turn
 
 
-@dataclass
+@dataclasses.dataclass
 class Settings:
     commands: tuple = flag((), "what to measure: " + ", ".join(COMMANDS), nargs="+", type=str, choices=COMMANDS)
     shape: str = flag("tiny", "decode: the embedded model, or random weights of a larger shape", choices=("tiny", *SHAPES))
@@ -70,8 +66,7 @@ class Settings:
 
 
 def alternate(sides: dict[str, Callable[[], int]], turns: int) -> Turns:
-    """Runs the sides in turn, first backwards, then forwards; a side returns how many tokens it dealt with, once its
-    work is done on the device too."""
+    """Runs the sides in turn, first backwards; each returns how many tokens it dealt with, once the device is done."""
     taken: Turns = {name: [] for name in sides}
     for turn in range(turns + 1):
         for name in list(sides)[::1 if turn % 2 else -1]:
@@ -82,8 +77,7 @@ def alternate(sides: dict[str, Callable[[], int]], turns: int) -> Turns:
 
 
 def quartiles(values: Sequence[float]) -> str:
-    low, median, high = np.percentile(values, [25, 50, 75])
-    return f"{median:.3g} [{low:.3g}, {high:.3g}]"
+    return "{1:.3g} [{0:.3g}, {2:.3g}]".format(*np.percentile(values, [25, 50, 75]))
 
 
 def table(taken: Turns, growth: bool = False) -> str:
@@ -92,43 +86,34 @@ def table(taken: Turns, growth: bool = False) -> str:
     heads = ["seconds", "microseconds per token" if growth else "tokens per second", *(f"times {peer}" for peer in peers)]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     for name, runs in taken.items():
-        cells = [quartiles([s for s, _ in runs]), f"{np.median([1e6 * s / n for s, n in runs]):.1f}" if growth else
-                 f"{np.median([n / s for s, n in runs]):.0f}"]
-        cells += [quartiles([theirs / mine for (theirs, _), (mine, _) in zip(taken[peer], runs)]) if name in ours else ""
-                  for peer in peers]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        seconds, tokens = np.array(runs).T
+        rate = f"{np.median(1e6 * seconds / tokens):.1f}" if growth else f"{np.median(tokens / seconds):.0f}"
+        ratios = [quartiles(np.array(taken[peer])[:, 0] / seconds) if name in ours else "" for peer in peers]
+        lines.append("| " + " | ".join([name, quartiles(seconds), rate, *ratios]) + " |")
     return "\n".join(lines)
-
-
-def pick_model(shape: str, device: torch.device) -> Transformer:
-    return load("base", device)[0] if shape == "tiny" else Transformer(SHAPES[shape] | dict(model_type="qwen2", rms_norm_eps=1e-6, rope_theta=1e6)).to(device)
 
 
 def peer_model(model: Transformer, dtype: torch.dtype = torch.float32):
     """transformers' model of the same weights."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
-
     peer = Qwen2ForCausalLM(Qwen2Config.from_dict(model.config))
     names = {name if name.startswith("lm_head") else "model." + name: t for name, t in model.state_dict().items()}
-    left_out = peer.load_state_dict(names, strict=False)
-    assert not left_out.unexpected_keys and set(left_out.missing_keys) <= {"lm_head.weight"}
+    peer.load_state_dict({"lm_head.weight": model.head} | names)
     peer.tie_weights()
     return peer.to(model.head.device, dtype)
 
 
-def peer_generate(peer, prompts: Sequence[Sequence[int]], new_tokens: int, eos: int | None, **options) -> int:
-    """Samples one response per prompt, all prompts of one length, in one static batch -> tokens of the responses."""
+def peer_generate(peer, prompts: Sequence[Sequence[int]], new_tokens: int, eos: int | None, cache=None) -> int:
+    """Samples a response per prompt, all of one length, in a static batch -> tokens up to each one's first end token."""
     ids = torch.tensor(prompts, device=peer.device)
     peer.generation_config.eos_token_id, peer.generation_config.pad_token_id = eos, 0
     made = peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                         max_new_tokens=new_tokens, **options)[:, ids.shape[1]:].cpu()                # [B, R]
-    if eos is None:
-        return made.numel()
-    return int((made == eos).int().cumsum(1).eq(0).sum() + (made == eos).any(1).sum())     # up to the first end token
+                         max_new_tokens=new_tokens, cache_implementation=cache)[:, ids.shape[1]:].cpu()      # [B, R]
+    return made.numel() if eos is None else int((made == eos).int().cumsum(1).eq(0).sum() + (made == eos).any(1).sum())
 
 
 def settle(model: torch.nn.Module) -> None:
-    """Reads a weight, so that the device has done by then what it was asked for before."""
+    """Reads a weight, so that by then the device has done what it was asked for before."""
     float(next(model.parameters()).detach().flatten()[0])
 
 
@@ -141,14 +126,13 @@ def tokens_of(episodes: Sequence[Episode]) -> int:
 
 
 def decode(s: Settings, device: torch.device) -> Turns:
-    model, sides = pick_model(s.shape, device), {}
-    prompts = torch.randint(1, model.config["vocab_size"], (s.slots, 16), generator=seeded_generator(0, 0, "bench")).tolist()
+    model, sides = load("base", device)[0] if s.shape == "tiny" else Transformer(SHAPES[s.shape]).to(device), {}
+    prompts = torch.randint(1, len(model.head), (s.slots, 16), generator=seeded_generator(0, 0, "bench")).tolist()
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         sampler, peer = Sampler(model, s.slots, 16 + s.new_tokens, (-1,), dtype), peer_model(model, dtype)
         sides[f"ours, {name}"] = lambda sampler=sampler: tokens_of(sample(sampler, prompts, 1, s.new_tokens))
-        sides[f"generate, {name}"] = lambda peer=peer: peer_generate(peer, prompts, s.new_tokens, None)
-        sides[f"generate, {name}, static cache"] = lambda peer=peer: peer_generate(
-            peer, prompts, s.new_tokens, None, cache_implementation="static")
+        sides[f"generate, {name}"] = partial(peer_generate, peer, prompts, s.new_tokens, None)
+        sides[f"generate, {name}, static cache"] = partial(peer_generate, peer, prompts, s.new_tokens, None, "static")
     return alternate(sides, s.turns)
 
 
@@ -171,42 +155,38 @@ def encoded(count: int) -> list[list[int]]:
     return [p for p in prompts if len(p) == len(prompts[0])][:count]
 
 
-def rewards(groups: int, equal: float) -> Tensor:
+def rewards(groups: int, equal: float) -> torch.Tensor:
     """Of a rollout, group by group, [groups * SAMPLES]: one answer in four right, none in the first groups."""
-    reward = torch.where(torch.arange(SAMPLES) % 4 == 0, 1.0, -1.0).repeat(groups, 1)
-    reward[:round(equal * groups)] = -1.0
-    return reward.flatten()
+    right = (torch.arange(groups)[:, None] >= round(equal * groups)) & (torch.arange(SAMPLES) % 4 == 0)
+    return torch.where(right, 1.0, -1.0).flatten()
 
 
-def with_advantage(episodes: list[Episode], reward: Tensor) -> list[tuple[list[Episode], Tensor, Tensor]]:
+def with_advantage(episodes: list[Episode], reward: torch.Tensor) -> list[tuple]:
     """For each optimizer step its episodes, with their old log-probabilities and advantages [N, R]."""
     logp, counted = per_token([e.logp for e in episodes])
-    group = torch.arange(len(episodes) // SAMPLES).repeat_interleave(SAMPLES)
-    advantage = group_advantage(reward, group)[:, None] * counted
+    advantage = group_advantage(reward, torch.arange(len(reward)) // SAMPLES)[:, None] * counted
     parts = [slice(i, i + MINIBATCH * SAMPLES) for i in range(0, len(episodes), MINIBATCH * SAMPLES)]
     return [(episodes[part], logp[part], advantage[part]) for part in parts]
 
 
-def our_update(model: Transformer, optimizer, episodes: list[Episode], reward: Tensor, s: train.Settings) -> int:
+def our_update(model: Transformer, optimizer, episodes: list[Episode], reward: torch.Tensor, s: train.Settings) -> int:
     for part in with_advantage(episodes, reward):
         train.update(model, optimizer, *part, s)
     settle(model)
     return tokens_of(episodes)
 
 
-def peer_update(peer, optimizer, episodes: list[Episode], reward: Tensor, s: train.Settings,
-                cut: Callable[[list[Episode]], list]) -> int:
-    """The same optimizer steps over transformers' model, with all logits of a micro-batch at once."""
+def peer_update(peer, optimizer, episodes: list[Episode], reward: torch.Tensor, s: train.Settings, cut: Callable) -> int:
+    """The same over transformers' model, with all logits at once of each micro-batch that `cut` makes of a step."""
     for part, logp, advantage in with_advantage(episodes, reward):
-        denominator = tokens_of(part)
         for rows in cut(part):
-            tokens, _, total_len, mask, old, plain = collate([part[i] for i in rows], peer.device, logp[rows], advantage[rows])
-            attention = torch.arange(tokens.shape[1], device=peer.device) < total_len[:, None]
+            tokens, _, length, mask, old, plain = collate([part[i] for i in rows], peer.device, logp[rows], advantage[rows])
+            attention = torch.arange(tokens.shape[1], device=peer.device) < length[:, None]
             z = peer(input_ids=tokens, attention_mask=attention, use_cache=False).logits[:, :-1].float() / s.temperature
             logps = z.log_softmax(-1)                                                           # [B, T-1, V]
             new, entropy = logps.gather(2, tokens[:, 1:, None])[..., 0], -(logps.detach().exp() * logps.detach()).sum(-1)
             shaped = shape_with_entropy(plain, entropy, s.alpha, s.kappa)
-            policy_loss(new, old, shaped, mask, s.clip_low, s.clip_high, denominator)[0].backward()
+            policy_loss(new, old, shaped, mask, s.clip_low, s.clip_high, tokens_of(part))[0].backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), s.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -220,17 +200,15 @@ def update(s: Settings, device: torch.device) -> Turns:
     peer, reward = peer_model(model), rewards(s.prompts, 0.0)
     episodes = sample(Sampler(model, 512, 256, model.eos_ids), encoded(s.prompts), SAMPLES, LIMIT)
     ours, theirs = train.adamw(model, 0.0, settings), torch.optim.AdamW(peer.parameters(), 0.0, weight_decay=0.01)
-    cuts = {"32 at a time": lambda part: [list(range(i, i + 32)) for i in range(0, len(part), 32)],
-            "our micro-batches": lambda part: micro_batches(part, settings.micro_tokens)}
-    return alternate({"ours": lambda: our_update(model, ours, episodes, reward, settings)} | {
-        f"transformers, {name}": lambda cut=cut: peer_update(peer, theirs, episodes, reward, settings, cut)
-        for name, cut in cuts.items()}, s.turns)
+    cuts = {"transformers, 32 at a time": lambda part: [list(range(i, i + 32)) for i in range(0, len(part), 32)],
+            "transformers, our micro-batches": lambda part: micro_batches(part, settings.micro_tokens)}
+    return alternate({"ours": partial(our_update, model, ours, episodes, reward, settings)} | {
+        name: partial(peer_update, peer, theirs, episodes, reward, settings, cut) for name, cut in cuts.items()}, s.turns)
 
 
 def our_step(s: Settings, device: torch.device, equal: float) -> Callable[[], int]:
     model, prompts, settings, turn = load("base", device)[0], encoded(s.prompts), train.Settings(lr=0.0), itertools.count()
     sampler, optimizer = Sampler(model, 512, len(prompts[0]) + LIMIT, model.eos_ids), train.adamw(model, 0.0, settings)
-
     def step() -> int:
         episodes = sample(sampler, prompts, SAMPLES, LIMIT, next(turn))
         sampler.free()
@@ -238,15 +216,13 @@ def our_step(s: Settings, device: torch.device, equal: float) -> Callable[[], in
     return step
 
 
-def trl_steps(s: Settings, device: torch.device, equal: float, between: Callable[[], int] | None = None,
-              at_once: int = SAMPLES) -> Turns:
+def trl_steps(s: Settings, device: torch.device, equal: float, between: Callable | None = None, at_once=SAMPLES) -> Turns:
     """TRL's trainer owns its loop, so our step runs in a callback of it, after each of its rollouts. It takes `at_once`
     sequences in one forward and backward pass, and as many of those per optimizer step as ours does."""
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-
-    tokenizer, updates, tokens = load("base")[1], s.prompts // MINIBATCH, [0]
+    tokenizer, updates, passes, tokens = load("base")[1], s.prompts // MINIBATCH, MINIBATCH * SAMPLES // at_once, [0]
     tokenizer.padding_side = "left"
     taken: Turns = {"ours": [], "TRL": []}
 
@@ -270,12 +246,11 @@ def trl_steps(s: Settings, device: torch.device, equal: float, between: Callable
 
     with tempfile.TemporaryDirectory() as folder:
         settings = GRPOConfig(
-            output_dir=folder, use_cpu=device.type == "cpu", per_device_train_batch_size=at_once,
-            gradient_accumulation_steps=MINIBATCH * SAMPLES // at_once, num_generations=SAMPLES, max_completion_length=LIMIT,
-            steps_per_generation=updates * MINIBATCH * SAMPLES // at_once,
-            temperature=1.0, top_p=1.0, top_k=0, beta=0.0, epsilon=0.2, epsilon_high=0.28, loss_type="dapo",
-            learning_rate=0.0, lr_scheduler_type="constant", weight_decay=0.01, bf16=False, gradient_checkpointing=False,
-            max_steps=updates * (s.turns + 1), report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
+            folder, use_cpu=device.type == "cpu", max_steps=updates * (s.turns + 1), per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=passes, steps_per_generation=updates * passes, num_generations=SAMPLES,
+            max_completion_length=LIMIT, temperature=1.0, top_p=1.0, top_k=0, beta=0.0, epsilon=0.2, epsilon_high=0.28,
+            loss_type="dapo", learning_rate=0.0, lr_scheduler_type="constant", weight_decay=0.01, bf16=False,
+            gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
         prompts = Dataset.from_list([{"prompt": tokenizer.decode(p)} for p in encoded(s.prompts)])
         trainer = GRPOTrainer(peer_model(load("base", device)[0]), reward, settings, prompts, processing_class=tokenizer,
                               callbacks=[Clock()])
@@ -288,23 +263,21 @@ def memory(s: Settings) -> dict[str, list[float]]:
     """GB before the first step and at the peak, of the sides in processes of their own."""
     command = [sys.executable, "-m", "lab.bench", "memory", f"--turns={s.turns}", f"--prompts={s.prompts}",
                f"--equal={s.equal}", f"--device={s.device}"]
-    printed = {side: subprocess.run([*command, "--alone", side], check=True, stdout=subprocess.PIPE, text=True).stdout
-               for side in SIDES}
-    return {side: [float(gb) for gb in text.split()[-2:]] for side, text in printed.items()}
+    printed = lambda side: subprocess.check_output([*command, "--alone", side], text=True)
+    return {side: [float(gb) for gb in printed(side).split()[-2:]] for side in SIDES}
 
 
 def alone(s: Settings, device: torch.device) -> tuple[float, float]:
     if s.alone == SIDES[0]:
         step = our_step(s, device, s.equal)
-        before = peak_memory(device)
-        for _ in range(s.turns + 1):
-            step()
+        before = train.peak_memory(device)
+        alternate({"ours": step}, s.turns)
     else:
         from trl import GRPOTrainer             # noqa: F401, with all that it imports
         peer_model(load("base", device)[0])
-        before = peak_memory(device)
+        before = train.peak_memory(device)
         trl_steps(s, device, s.equal, at_once=MINIBATCH * SAMPLES if s.alone == SIDES[2] else SAMPLES)
-    return before, peak_memory(device)
+    return before, train.peak_memory(device)
 
 
 def growth(s: Settings, device: torch.device) -> dict[str, Turns]:
@@ -314,20 +287,18 @@ def growth(s: Settings, device: torch.device) -> dict[str, Turns]:
     sampler = Sampler(model, 4 * count, len(prompts[0]) + 4 * length, (-1,))
     draw = lambda n, length: sample(sampler, prompts[:n // SAMPLES], SAMPLES, length)
     shapes = [(count * f, length) for f in (1, 2, 4)] + [(2 * count, length * f) for f in (2, 4)]
-    decode = {f"{n} sequences of {r} tokens": lambda n=n, r=r: tokens_of(draw(n, r)) for n, r in shapes}
-    updates = {}
+    decode, updates = {f"{n} sequences of {r} tokens": lambda n=n, r=r: tokens_of(draw(n, r)) for n, r in shapes}, {}
     for n, r, equal in [(*shape, 0.0) for shape in shapes] + [(count, length, share) for share in (0.25, 0.5, 0.75)]:
-        updates[f"{n} sequences of {r} tokens" + f", {equal:.0%} of the groups equal" * (equal > 0)] = (
-            lambda episodes=draw(n, r), reward=rewards(n // SAMPLES, equal): our_update(
-                model, optimizer, episodes, reward, settings))
+        name = f"{n} sequences of {r} tokens" + f", {equal:.0%} of the groups equal" * (equal > 0)
+        updates[name] = partial(our_update, model, optimizer, draw(n, r), rewards(n // SAMPLES, equal), settings)
     return {"decode": alternate(decode, s.turns), "update": alternate(updates, s.turns)}
 
 
 def bench(s: Settings) -> dict:
     """Runs the commands; returns what they measured, for JSON."""
-    if min(s.turns, s.slots, s.new_tokens, s.prompts) < 1 or s.slots % SAMPLES or s.prompts % MINIBATCH or not 0 <= s.equal <= 1:
-        raise ValueError(f"--turns and --new-tokens must be at least 1, --slots a multiple of {SAMPLES}, --prompts of "
-                         f"{MINIBATCH}, --equal a share from 0 to 1")
+    check_numbers(s)
+    if s.slots % SAMPLES or s.prompts % MINIBATCH or s.equal > 1:
+        raise ValueError(f"--slots must be a multiple of {SAMPLES}, --prompts of {MINIBATCH}, --equal a share from 0 to 1")
     device = pick_device(s.device)
     if s.alone:
         print(*alone(s, device))
@@ -337,10 +308,10 @@ def bench(s: Settings) -> dict:
     record = {"machine": f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}",
               "settings": dataclasses.asdict(s)}
     print(record["machine"], f"median [quartiles] of {s.turns} turns", sep="; ")
-    answers = f"{s.prompts} x {SAMPLES} answers"
+    answers, updates = f"{s.prompts} x {SAMPLES} answers", f"{s.prompts // MINIBATCH} updates"
     titles = {"decode": f"{s.slots} sequences of {s.new_tokens} tokens, {s.shape} shape",
               "refill": f"{4 * s.slots} sequences of natural length, at most {LIMIT} tokens, {s.slots} at a time",
-              "update": f"{answers} of natural length, {s.prompts // MINIBATCH} updates"}
+              "update": f"{answers} of natural length, {updates}"}
     for command in s.commands:
         if command == "memory":
             record["memory"] = memory(s)
@@ -353,7 +324,7 @@ def bench(s: Settings) -> dict:
         elif command == "step":
             for equal in dict.fromkeys((s.equal, 0.0)):
                 taken = record[f"step, {equal:.0%} equal"] = trl_steps(s, device, equal, our_step(s, device, equal))
-                print(f"\nstep: {answers}, {s.prompts // MINIBATCH} updates, {equal:.0%} of the groups equal\n\n{table(taken)}")
+                print(f"\nstep: {answers}, {updates}, {equal:.0%} of the groups equal\n\n{table(taken)}")
         else:
             record[command] = {"decode": decode, "refill": refill, "update": update}[command](s, device)
             print(f"\n{command}: {titles[command]}\n\n{table(record[command])}")
@@ -365,7 +336,5 @@ def bench(s: Settings) -> dict:
 if __name__ == "__main__":
     try:
         bench(parse_flags(Settings, __doc__))
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"lab.bench: {error}")
-    except KeyboardInterrupt:
-        sys.exit("lab.bench: stopped")
+    except (ValueError, OSError, ImportError, KeyboardInterrupt) as error:
+        sys.exit(f"lab.bench: {str(error) or 'stopped'}")

@@ -10,18 +10,13 @@
         attempts per response             3.1638        checks per response               1.9135
         responses cut at the limit        0.0617        tokens per response              49.3512
 
-A trace is a countdown prompt and a response that searches blindly: every attempt takes the numbers in a random
-order and at each step one of the operators that keep the total a whole number in 0..99. 60 % of attempts are
-checked against the target (`vs 23`). A checked hit is followed by `so`, a checked miss mostly by `wait` and
-sometimes (15 %) by giving up with `so`; an unchecked attempt by `wait` or a blind `so`, evenly. A trace that
-fails, or does not end within 128 tokens, is kept with a probability of 30 %. Traces that reach the limit are cut
-there, so that all positions are trained. Only training problems are used, those with few solutions too, in any
-order of their numbers.
-
-The check is written out so that the model can learn to compare its total with the target, which stands next to it.
+A trace is a countdown prompt and a response that searches blindly: every attempt takes the numbers in a random order and
+at each step one of the operators that keep the total a whole number in 0..99. 60 % of attempts are checked (`vs 23`, so
+that the model can learn to compare its total with the target, which stands next to it). A checked hit is followed by
+`so`, a checked miss mostly by `wait` and sometimes (15 %) by giving up with `so`; an unchecked attempt by `wait` or a
+blind `so`, evenly. A trace that fails, or is cut at 128 tokens (so that all positions are trained), is kept with a
+probability of 30 %. Only training problems are used, those with few solutions too, in any order of their numbers.
 """
-
-from __future__ import annotations
 
 import math
 import sys
@@ -35,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from evaluate import count_solved, flag, parse_flags, pass_table, pick_device
+from evaluate import check_numbers, count_solved, flag, parse_flags, pass_table, pick_device
 from model import Transformer, load, response_mask, save
 from rollout import Episode, Sampler
 from task import LARGEST, NUMBER, OPERATORS, Countdown, Problem, apply_operator, numbers_of
@@ -49,7 +44,7 @@ ATTEMPTS = 10                               # drawn per trace; 10 of 14 to 16 to
 class Settings:
     report: str = flag("", "only print the figures of this model folder")
     out: str = flag("runs/base", "folder to write; it must not exist")
-    seed: int = flag(0, "of weights and traces")
+    seed: int = flag(0, "of weights and traces", least=0)
     steps: int = flag(8000, "optimizer steps")
     batch: int = flag(128, "traces per step")
     lr: float = flag(4e-3, "AdamW's largest learning rate; rises over --warmup, then falls along a cosine to 0")
@@ -63,7 +58,7 @@ class Settings:
     give_up: float = flag(0.15, "chance of `so` after a checked miss")
     blind: float = flag(0.5, "chance of `so` after an unchecked attempt")
     keep_failed: float = flag(0.3, "share of failed traces that are kept")
-    threads: int = flag(0, "CPU threads; 0 takes all cores")
+    threads: int = flag(0, "CPU threads; 0 takes all cores", least=0)
 
 
 def random_search(problems: tuple[np.ndarray, np.ndarray], count: int, rng: np.random.Generator, s: Settings,
@@ -78,8 +73,7 @@ def random_search(problems: tuple[np.ndarray, np.ndarray], count: int, rng: np.r
     number = lambda x: x + vocabulary["0"]
 
     total, columns = used[..., 0], [number(used[..., 0])]                               # [N, A], attempt by attempt
-    for j in range(1, used.shape[-1]):
-        n = used[..., j]
+    for n in np.moveaxis(used[..., 1:], -1, 0):
         quotient = np.where(total % n == 0, total // n, -1)
         results = np.stack([total + n, total - n, total * n, quotient], -1)             # [N, A, operators]
         allowed = (results >= 0) & (results <= LARGEST)
@@ -115,17 +109,15 @@ def batches(s: Settings, vocabulary: dict[str, int]) -> Iterator[tuple[torch.Ten
         order = np.argsort(length + rng.random(len(length)))            # random among equal lengths
         # What does not fill a last batch, all of it traces cut at the limit, is dropped.
         groups = [order[i:i + s.batch] for i in range(0, len(order) - s.batch + 1, s.batch)]
-        for g in rng.permutation(len(groups)):
-            rows = groups[g]
+        for rows in (groups[g] for g in rng.permutation(len(groups))):
             yield torch.from_numpy(tokens[rows, :length[rows].max()]), torch.from_numpy(length[rows])
 
 
 def countdown_tokenizer():
-    """A word-level Hugging Face fast tokenizer. Padding is the end token on purpose: masks come from
-    lengths here, never from ids, and the default run shows that nothing depends on a pad token."""
+    """A word-level Hugging Face fast tokenizer. Padding is the end token on purpose: masks come from lengths here, never
+    from ids, and the default run shows that nothing depends on a pad token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-
     words = [END, "<unk>", *NUMBER, *OPERATORS, "=", "vs", "wait", "so", "->", "?"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -135,12 +127,11 @@ def countdown_tokenizer():
 
 def fresh_model(s: Settings) -> tuple[Transformer, object]:
     tokenizer = countdown_tokenizer()
-    model = Transformer({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": len(tokenizer),
-                         "hidden_size": s.width, "intermediate_size": s.inner, "num_hidden_layers": s.layers,
-                         "num_attention_heads": s.heads, "num_key_value_heads": s.kv_heads, "hidden_act": "silu",
-                         "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-                         "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
-                         "pad_token_id": tokenizer.pad_token_id})
+    model = Transformer(dict(
+        architectures=["Qwen2ForCausalLM"], model_type="qwen2", vocab_size=len(tokenizer), hidden_size=s.width,
+        intermediate_size=s.inner, num_hidden_layers=s.layers, num_attention_heads=s.heads, num_key_value_heads=s.kv_heads,
+        hidden_act="silu", max_position_embeddings=256, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     model.eos_ids = (tokenizer.eos_token_id,)
     torch.manual_seed(s.seed)
     for name, parameter in model.named_parameters():
@@ -153,8 +144,7 @@ def fresh_model(s: Settings) -> tuple[Transformer, object]:
 
 
 def pretrain(s: Settings) -> None:
-    if min(s.steps, s.warmup, s.batch) < 1:
-        raise ValueError("--steps, --warmup and --batch must be at least 1")
+    check_numbers(s)
     if Path(s.out).exists():
         raise FileExistsError(f"{s.out} exists; give another --out")
     model, tokenizer = fresh_model(s)
@@ -183,8 +173,8 @@ def pretrain(s: Settings) -> None:
 
 
 def attempts(prompt: str, response: str) -> list[dict]:
-    """Takes a response apart. Each attempt: `steps` and `wrong` (arithmetic), `operands` (are they the numbers of
-    the prompt), `checked`, `hit` (its stated total is the target) and `then` ("wait", "so" or "" at a cut)."""
+    """Takes a response apart. Each attempt: `steps` and `wrong` (arithmetic), `operands` (are they the numbers of the
+    prompt), `checked`, `hit` (its stated total is the target) and `then` ("wait", "so" or "" at a cut)."""
     numbers, target = sorted(numbers_of(prompt)), prompt.split()[-2]
     found, words = [], []
     for word in [*response.split(), ""]:
@@ -205,44 +195,32 @@ def attempts(prompt: str, response: str) -> list[dict]:
     return found
 
 
-class Behaviour:
+class Behaviour(Counter):
     """Counts what responses do; its `watch` goes to evaluate.count_solved."""
 
-    def __init__(self) -> None:
-        self.count: Counter = Counter()
-
     def watch(self, problem: Problem, response: str, episode: Episode) -> None:
-        count, parts = self.count, attempts(problem.prompt, response)
-        count["responses"] += 1
-        count["entropy"] += float(episode.entropy.sum())
-        count["tokens"] += len(episode.response)
-        count["cut"] += not episode.finished
-        for a in (a for a in parts if a["then"]):               # an attempt that was cut off says nothing
-            count["attempts"] += 1
-            count["steps"] += a["steps"]
-            count["wrong steps"] += a["wrong"]
-            count["wrong operands"] += not a["operands"]
-            count["hits"] += a["hit"]
+        self.update({"responses": 1, "entropy": float(episode.entropy.sum()), "tokens": len(episode.response),
+                     "cut": not episode.finished})
+        for a in (a for a in attempts(problem.prompt, response) if a["then"]):      # one that was cut off says nothing
             kind = ("checked" if a["checked"] else "unchecked", "hit" if a["hit"] else "miss")
-            count[kind] += 1
-            count[*kind, "so"] += a["then"] == "so"
+            self.update({"attempts": 1, "steps": a["steps"], "wrong steps": a["wrong"], "hits": a["hit"],
+                         "wrong operands": not a["operands"], kind: 1, (*kind, "so"): a["then"] == "so"})
 
     def figures(self) -> dict[str, float]:
-        c = self.count
-        checked, unchecked = (c[kind, "hit"] + c[kind, "miss"] for kind in ("checked", "unchecked"))
-        blind = c["unchecked", "hit", "so"] + c["unchecked", "miss", "so"]
+        checked, unchecked = (self[kind, "hit"] + self[kind, "miss"] for kind in ("checked", "unchecked"))
+        blind = self["unchecked", "hit", "so"] + self["unchecked", "miss", "so"]
         share = lambda part, whole: part / max(1, whole)
-        return {"steps with wrong arithmetic": share(c["wrong steps"], c["steps"]),
-                "attempts with wrong operands": share(c["wrong operands"], c["attempts"]),
-                "so after a checked hit": share(c["checked", "hit", "so"], c["checked", "hit"]),
-                "so after a checked miss": share(c["checked", "miss", "so"], c["checked", "miss"]),
+        return {"steps with wrong arithmetic": share(self["wrong steps"], self["steps"]),
+                "attempts with wrong operands": share(self["wrong operands"], self["attempts"]),
+                "so after a checked hit": share(self["checked", "hit", "so"], self["checked", "hit"]),
+                "so after a checked miss": share(self["checked", "miss", "so"], self["checked", "miss"]),
                 "so after an unchecked attempt": share(blind, unchecked),
-                "attempts that hit": share(c["hits"], c["attempts"]),
-                "attempts per response": share(c["attempts"], c["responses"]),
-                "checks per response": share(checked, c["responses"]),
-                "responses cut at the limit": share(c["cut"], c["responses"]),
-                "tokens per response": share(c["tokens"], c["responses"]),
-                "entropy in nats": share(c["entropy"], c["tokens"])}
+                "attempts that hit": share(self["hits"], self["attempts"]),
+                "attempts per response": share(self["attempts"], self["responses"]),
+                "checks per response": share(checked, self["responses"]),
+                "responses cut at the limit": share(self["cut"], self["responses"]),
+                "tokens per response": share(self["tokens"], self["responses"]),
+                "entropy in nats": share(self["entropy"], self["tokens"])}
 
 
 def report(folder: str) -> dict[str, float]:
@@ -254,8 +232,8 @@ def report(folder: str) -> dict[str, float]:
                           watch=behaviour.watch)
     one, every = pass_table(result["solved"], n, (1, n)).mean(0)
     figures = {"Pass@1": one, f"Pass@{n}": every, **behaviour.figures()}
-    print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters; 200 validation problems, {n} samples "
-          "each, temperature 1")
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{folder}: {size:,} parameters; 200 validation problems, {n} samples each, temperature 1")
     for name, value in figures.items():
         print(f"{name:32}{value:8.4f}")
     return figures

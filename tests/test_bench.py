@@ -64,8 +64,10 @@ def test_the_commands_run_and_leave_their_figures(tmp_path, capsys, monkeypatch)
     assert [tokens for _, tokens in record["decode"]["ours, bf16"]] == [64]
     assert [len(turns) for turns in record["refill"].values()] == [1] * 4
     assert len({turns[0][1] for turns in record["update"].values()}) == 1           # equal tokens
-    for bad in (dict(slots=10), dict(prompts=5), dict(turns=0), dict(equal=1.5)):
-        with pytest.raises(ValueError, match="--turns and --new-tokens"):
+    share = "--slots must be a multiple of 16, --prompts of 4, --equal a share"
+    for bad, sentence in ((dict(slots=10), share), (dict(prompts=5), share), (dict(equal=1.5), share),
+                          (dict(equal=-0.1), "--equal must be at least 0"), (dict(turns=0), "--turns must be at least 1")):
+        with pytest.raises(ValueError, match=sentence):
             bench.bench(Settings(commands=("decode",), **TINY | bad))
 
 
