@@ -249,8 +249,8 @@ def compare(rows: dict[str, np.ndarray], label: np.ndarray) -> dict | None:
         variance = (square - s ** 2 / n + square0 - s0 ** 2 / n0) / (n + n0 - 2)            # pooled
         difference = s / n - s0 / n0
         return np.array([s / n, s0 / n0, difference, difference / np.sqrt(np.where(variance > 1e-12, variance, np.nan))])
-    rest = {"n": int(label.sum()), "n others": int((~label).sum()), "p": permutation_p(rows["entropy"], label, rows["response"])}
-    return dict(zip(COLUMNS, bootstrap(figures, np.column_stack(moments)))) | rest
+    n, p = int(label.sum()), permutation_p(rows["entropy"], label, rows["response"])
+    return dict(zip(COLUMNS, bootstrap(figures, np.column_stack(moments)))) | {"n": n, "n others": len(label) - n, "p": p}
 
 
 def comparisons(readings: Sequence[Reading], spans: Callable[[Reading], Sequence], sides: dict[str, bool],
