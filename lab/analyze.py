@@ -10,19 +10,16 @@ over all, within bins of position, difficulty and length, and each kind with all
 do (Section 6). Tables are printed; report.json, entropy.png (Figure 2) and responses.html (Figure 1) go to --out.
 
 Ours, where the paper is silent: most words, and the splitter (both err: "the first term" is sequential, "a check for $20"
-reflects); sentence vectors, means of the first model's last hidden states over the sentence read alone; 95 % intervals by a
-bootstrap over problems, since the responses to a problem are not independent; Cohen's d; a permutation test that shuffles
-labels within responses (it takes tokens for exchangeable, which neighbours are not: trust the intervals). End tokens are
-left out, and the last sentence of a response cut at the limit. Difficulty is minus the number of chains that solve a
-countdown, or a saved response's `level`.
+reflects); sentence vectors, means of the first model's last hidden states over the sentence read alone; 95 % intervals by
+a bootstrap over problems, since responses to one are not independent; Cohen's d; a permutation test that shuffles labels
+within responses (trust the intervals: neighbouring tokens are not exchangeable). End tokens are left out, and the last
+sentence of a response cut at the limit. Difficulty is minus the chains that solve a countdown, or a saved `level`.
 
 On countdown the pivotal tokens are the operators and the operands there is a choice of; the others are `=`, results and an
-operand when only one is left, whose entropy is near 0 by construction. Checks (`vs 23`), which come from the generator of the
-base model's texts, and attempts after `wait` reflect, first attempts do not; `wait` and `so`, two outcomes of one decision,
-are on neither side. So what informs is the base beside the trained model.
+operand when only one is left, whose entropy is near 0 by construction. Checks (`vs 23`, taught by lab/pretrain.py) and
+attempts after `wait` reflect, first attempts do not; `wait` and `so`, two outcomes of one decision, are on neither side. So
+what informs is the base beside the trained model.
 """
-
-from __future__ import annotations
 
 import functools
 import html
@@ -39,13 +36,13 @@ from typing import Callable, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from evaluate import count_solved, flag, parse_flags, pick_device
 from model import find_folder, load
 from rollout import Sampler
 from task import NUMBER, OPERATORS, Problem, chains, load_task, numbers_of
 
+Sentences = list[tuple[int, int, str]]      # first token, the one after the last, kind
 NGRAM, NEIGHBOURS, RARE, RESAMPLES, PERMUTATIONS = 4, 5, 0.1, 2000, 1000
 COLUMNS = ("mean", "others", "difference", "d")
 PIVOTAL = {
@@ -91,14 +88,10 @@ class Settings:
     out: str = flag("runs/analysis", "folder for the report, the picture and the page")
 
 
-Sentences = list[tuple[int, int, str]]      # first token, the one after the last, kind
-
-
 def dissect_text(pieces: Sequence[str]) -> tuple[list[str], Sentences]:
     """English mathematics, given the text of each token -> the tokens' kinds, and the sentences."""
     text, ends = "".join(pieces), np.cumsum([len(p) for p in pieces], dtype=int)
-    kinds = ["within a word" if piece[:1].isalnum() and before[-1:].isalnum() else "other"
-             for before, piece in zip(["", *pieces], pieces)]
+    kinds = ["within a word" if a[-1:].isalnum() and b[:1].isalnum() else "other" for a, b in zip(["", *pieces], pieces)]
     for found in WORD.finditer(text):
         kinds[int(np.searchsorted(ends, found.start(), side="right"))] = list(PIVOTAL)[found.lastindex - 1]
     # A token belongs to the sentence of its first character that is no space: " Then" opens one.
@@ -158,11 +151,11 @@ class Reading:
     difficulty: float
 
 
-def hidden_states(model, ids: Sequence[int]) -> Tensor:
+def hidden_states(model, ids: Sequence[int]) -> torch.Tensor:
     return model(torch.tensor([ids], device=model.head.device), torch.arange(len(ids), device=model.head.device)[None])[0]
 
 
-def predictions(model, hidden: Tensor, temperature: float) -> tuple[np.ndarray, list, list]:
+def predictions(model, hidden: torch.Tensor, temperature: float) -> tuple[np.ndarray, list, list]:
     """States [R, width] -> the next token's entropy in nats [R], ids and probabilities of the three likeliest [R, 3]."""
     chances = ((F.linear(rows, model.head).float() / temperature).softmax(-1) for rows in hidden.split(256))  # few at once
     found = [(torch.special.entr(p).sum(-1), *p.topk(3)) for p in chances]
@@ -210,7 +203,7 @@ def read(name: str, s: Settings) -> tuple[Callable, list[Reading]]:
     return lambda sentences: torch.stack([vector(text) for text in sentences]), readings
 
 
-def nearest(vectors: Tensor, others: Tensor, k: int = NEIGHBOURS) -> Tensor:
+def nearest(vectors: torch.Tensor, others: torch.Tensor, k: int = NEIGHBOURS) -> torch.Tensor:
     """Mean Euclidean distance of each of `vectors` [N, d] to its k nearest `others` [M, d] (all, if fewer). [N]"""
     return torch.cat([torch.cdist(rows, others).topk(min(k, len(others)), largest=False).values.mean(-1)
                       for rows in vectors.split(256)])
@@ -251,16 +244,13 @@ def compare(rows: dict[str, np.ndarray], label: np.ndarray) -> dict | None:
         return None
     problem = np.unique(rows["problem"], return_inverse=True)[1]
     moments = [np.bincount(problem, side * rows["entropy"] ** power) for side in (label, ~label) for power in (0, 1, 2)]
-
     def figures(totals: np.ndarray) -> np.ndarray:
         n, s, square, n0, s0, square0 = totals
         variance = (square - s ** 2 / n + square0 - s0 ** 2 / n0) / (n + n0 - 2)            # pooled
         difference = s / n - s0 / n0
         return np.array([s / n, s0 / n0, difference, difference / np.sqrt(np.where(variance > 1e-12, variance, np.nan))])
-
-    found = dict(zip(COLUMNS, bootstrap(figures, np.column_stack(moments))))
-    return found | {"n": int(label.sum()), "n others": int((~label).sum()),
-                    "p": permutation_p(rows["entropy"], label, rows["response"])}
+    n, p = int(label.sum()), permutation_p(rows["entropy"], label, rows["response"])
+    return dict(zip(COLUMNS, bootstrap(figures, np.column_stack(moments)))) | {"n": n, "n others": len(label) - n, "p": p}
 
 
 def comparisons(readings: Sequence[Reading], spans: Callable[[Reading], Sequence], sides: dict[str, bool],
@@ -316,8 +306,7 @@ def visible(text: str, longest: int = 200) -> str:
 
 def page(cases: Sequence[dict[str, Reading]], kinds: tuple[dict, dict]) -> str:
     """lab/page.html filled in: for each problem the answers of all models side by side, tokens coloured by entropy."""
-    darkest = max(1e-6, np.quantile([0.0, *(h for case in cases for r in case.values() for h in r.entropy)], 0.99))
-    body = []
+    darkest, body = max(1e-6, np.quantile([0, *(h for case in cases for r in case.values() for h in r.entropy)], 0.99)), []
     for case in cases:
         body.append(f'<h2 class="prompt">{visible(next(iter(case.values())).prompt, 10_000)}</h2><div class="row">')
         for name, r in case.items():
@@ -336,26 +325,23 @@ def page(cases: Sequence[dict[str, Reading]], kinds: tuple[dict, dict]) -> str:
 
 
 def tables(report: dict) -> str:
-    interval = lambda figure: f"{figure['mean']:.3f} [{figure['interval'][0]:.3f}, {figure['interval'][1]:.3f}]".rjust(28)
-    line = lambda row, cells: f"{row:32}" + "".join(x.rjust(28) if isinstance(x, str) else interval(x) for x in cells)
+    cell = lambda x: x if isinstance(x, str) else f"{x['mean']:.3f} [{x['interval'][0]:.3f}, {x['interval'][1]:.3f}]"
+    line = lambda row, cells: f"{row:32}" + "".join(cell(x).rjust(28) for x in cells)
     lines = [line("", [name[-24:] for name in report["behaviour"]])]
     for row in next(iter(report["behaviour"].values())):
         lines.append(line(row, [figures[row] for figures in report["behaviour"].values()]))
     for subject, name, record in ((x, *pair) for x, models in report["comparisons"].items() for pair in models.items()):
         lines += ["", line(f"{name}: {subject}"[-32:], COLUMNS) + f"{'n':>8}{'others':>8}{'p':>8}"]
-        lines += [line(row, [c[x] for x in COLUMNS]) + f"{c['n']:8}{c['n others']:8}{c['p']:8.2g}" if c else line(row, ["too few"])
-                  for row, c in record.items()]
+        lines += [line(row, [c[x] for x in COLUMNS]) + f"{c['n']:8}{c['n others']:8}{c['p']:8.2g}" if c else
+                  line(row, ["too few"]) for row, c in record.items()]
     return "\n".join(lines)
 
 
 def draw(comparisons: dict, file: Path) -> None:
     """A panel per comparison, two bars per model."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(comparisons), figsize=(4 * len(comparisons), 4), layout="constrained")
-    for axis, (subject, models) in zip(axes, comparisons.items()):
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(4 * len(comparisons), 4), layout="constrained")
+    for axis, (subject, models) in zip(figure.subplots(1, len(comparisons)), comparisons.items()):
         found = [(name, record["all"]) for name, record in models.items() if record["all"]]
         for shift, side, label, colour in ((-0.2, "mean", subject, "0.5"), (0.2, "others", "others", "0.8")):
             mean, ends = (np.array([c[side][x] for _, c in found]) for x in ("mean", "interval"))
@@ -373,23 +359,22 @@ def analyze(s: Settings) -> dict:
     """Runs the command; returns what report.json holds. ValueError or OSError name what is wrong."""
     if min(s.problems, s.samples, s.max_new_tokens) < 1 or not 1e-3 <= s.temperature <= 1e3:
         raise ValueError("--problems, --samples and --max-new-tokens must be at least 1, --temperature 0.001 to 1000")
-    names, kinds, vectors = list(dict.fromkeys(s.models)), COUNTDOWN if s.task == "countdown" else TEXT, None
+    names, kinds = list(dict.fromkeys(s.models)), COUNTDOWN if s.task == "countdown" else TEXT
     for name in names:
         find_folder(name)                       # before the first is sampled
     subjects: dict = {"pivotal tokens": {}, "reflective actions": {}, "rare behaviours": {}}
-    report, cases, base = {"settings": vars(s), "behaviour": {}, "comparisons": subjects}, {}, None
+    report, cases, base = {"settings": vars(s), "behaviour": {}, "comparisons": subjects}, {}, ()
     tokens, sentences = lambda r: [(t, t + 1, kind) for t, kind in enumerate(r.kinds)], lambda r: r.sentences
     for name in names:
         own, readings = read(name, s)
-        vectors = vectors or own                # of the first model, for all of them
         report["behaviour"][name] = behaviour(readings, kinds)
         subjects["pivotal tokens"][name] = comparisons(readings, tokens, kinds[0])
         subjects["reflective actions"][name] = comparisons(readings, sentences, kinds[1])
         texts = ["".join(r.pieces[a:b]).strip() for r in readings for a, b, _ in r.sentences]
-        if base and texts:
-            far = nearest(vectors(texts), vectors(base))
-            subjects["rare behaviours"][name] = comparisons(readings, sentences, {}, far.numpy())
-        base = texts if base is None else base
+        vectors, first = base = base or (own, texts)            # of the first model, for all of them
+        if name != names[0] and first and texts:
+            far = nearest(vectors(texts), vectors(first)).numpy()
+            subjects["rare behaviours"][name] = comparisons(readings, sentences, {}, far)
         for r in reversed(readings):
             cases.setdefault(r.problem, {})[name] = r
     shown, out = [cases[i] for i in sorted(cases)[:3]], Path(s.out)

@@ -8,12 +8,9 @@ A folder given twice counts once.
 Lines differ in dashes and markers as well as in shade, so that a print without colours can be read.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +30,7 @@ STYLES = [dict(color=c, linestyle=l, marker=m) for c, l, m in
 SPEED = ("slots", "micro_tokens", "chunk", "skip_zero", "compile", "device")    # change nothing but time and rounding
 
 
-@dataclass
+@dataclasses.dataclass
 class Settings:
     runs: tuple = flag((), "run folders", nargs="+", type=str)
     out: str = flag("runs/figures", "folder for the two pictures")

@@ -12,8 +12,6 @@ Two intervals stand side by side because they answer different questions: over p
 what other problems would give with these trained models, over seeds (t) what other training runs would give.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import gzip
 import json
