@@ -3,12 +3,12 @@
     python -m lab.pretrain --threads 1           makes the model again, in runs/base: 48 minutes on one core of an AMD EPYC
     python -m lab.pretrain --report base         prints such figures for any model folder:
 
-        Pass@1                            0.0615        Pass@256                          0.9950
-        steps with wrong arithmetic       0.0006        attempts with wrong operands      0.0021
-        so after a checked hit            1.0000        so after a checked miss           0.1440
-        so after an unchecked attempt     0.4992        attempts that hit                 0.0241
-        attempts per response             3.1638        checks per response               1.9135
-        responses cut at the limit        0.0617        tokens per response              49.3512
+        Pass@1                            0.0604        Pass@256                          1.0000
+        steps with wrong arithmetic       0.0006        attempts with wrong operands      0.0022
+        so after a checked hit            0.9996        so after a checked miss           0.1433
+        so after an unchecked attempt     0.5026        attempts that hit                 0.0239
+        attempts per response             3.1607        checks per response               1.9166
+        responses cut at the limit        0.0610        tokens per response              49.3039
 
 A trace is a countdown prompt and a response that searches blindly: every attempt takes the numbers in a random order and
 at each step one of the operators that keep the total a whole number in 0..99. 60 % of attempts are checked (`vs 23`, so
