@@ -30,6 +30,7 @@ import re
 import sys
 import unicodedata
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable, Sequence
 
@@ -362,6 +363,8 @@ def analyze(s: Settings) -> dict:
     names, kinds = list(dict.fromkeys(s.models)), COUNTDOWN if s.task == "countdown" else TEXT
     for name in names:
         find_folder(name)                       # before the first is sampled
+    if find_spec("matplotlib") is None:
+        raise ValueError("the picture needs matplotlib: pip install matplotlib")
     subjects: dict = {"pivotal tokens": {}, "reflective actions": {}, "rare behaviours": {}}
     report, cases, base = {"settings": vars(s), "behaviour": {}, "comparisons": subjects}, {}, ()
     tokens, sentences = lambda r: [(t, t + 1, kind) for t, kind in enumerate(r.kinds)], lambda r: r.sentences

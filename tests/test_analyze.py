@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -169,6 +170,7 @@ def test_countdown_report(tmp_path, capsys, qwen2):
 
 
 def test_english_is_read_from_a_file_or_sampled(tmp_path, qwen2, monkeypatch):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
     folder, _ = text_model(qwen2, max_position_embeddings=2048)
     lines = [{"problem": f"What is {i} + 1?", "level": 1 + i % 3, "solution": " ".join(s for s, _, _ in SENTENCES[i::6])}
              for i in range(6)]
@@ -198,6 +200,7 @@ def test_english_is_read_from_a_file_or_sampled(tmp_path, qwen2, monkeypatch):
     (dict(saved='{"problem": "a"}'), "line 1, needs"), (dict(saved='{"problem": "a", "response": "\\ud800"}'), "line 1, needs"),
     (dict(saved='{"problem": "Add.", "response": "b"}\n{"problem": "A", "response": "c"}', task="math"), "words for all")])
 def test_bad_input_is_one_sentence(tmp_path, changes, message):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
     if changes.get("saved", "")[:1] in ("[", "{"):
         (tmp_path / "x.jsonl").write_text(changes["saved"])
         changes = changes | {"saved": str(tmp_path / "x.jsonl")}
@@ -208,3 +211,10 @@ def test_bad_input_is_one_sentence(tmp_path, changes, message):
     with pytest.raises((ValueError, OSError, ImportError), match=message) as error:
         analyze(s)
     assert "\n" not in str(error.value)
+
+
+def test_without_matplotlib_nothing_is_sampled(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(lab.analyze, "read", lambda *_: pytest.fail("the lack shows only after the work"))
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        analyze(Settings(models=("base",), out=str(tmp_path / "out")))

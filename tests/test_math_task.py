@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from decimal import Decimal
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from task import Problem
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"))
+needs_math_verify = pytest.mark.skipif(find_spec("math_verify") is None, reason="pip install math-verify==0.9.0")
 REAL = {"aime24": 30, "amc23": 40, "math500": 500, "gsm8k_test": 1319}
 
 
@@ -37,6 +39,7 @@ def decimal(text):
     return value if value.is_finite() else None
 
 
+@needs_math_verify
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real questions are not at {SHARED}")
 @pytest.mark.parametrize("name", REAL)
 def test_real_questions_grade_right_against_themselves_and_wrong_against_others(name, capsys):
@@ -104,6 +107,7 @@ DIFFERENT = [
 ]
 
 
+@needs_math_verify
 @pytest.mark.parametrize("predicted, gold, verdict",
                          [(*pair, True) for pair in EQUAL] + [(*pair, False) for pair in DIFFERENT])
 def test_forms(predicted, gold, verdict):
@@ -175,6 +179,7 @@ def hostile():
         yield rng.choice(["Answer: ", "\\boxed{", ""]) + text + "x" * LONGEST + rng.choice(["}", "", "}}"])
 
 
+@needs_math_verify
 def test_10_000_hostile_responses(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(math_task, "SECONDS", 0.5)
     path = write(tmp_path, "t.jsonl", [{"problem": "2?", "answer": "3\\sqrt{2}"}])
@@ -189,6 +194,7 @@ def test_10_000_hostile_responses(tmp_path, monkeypatch, capsys):
         print(f"\n10,000 hostile responses: {took:.1f} s, {Math.timeouts - died} processes killed")
 
 
+@needs_math_verify
 def test_a_timeout_is_death_and_counted_and_the_next_answer_is_graded(monkeypatch):
     verified.cache_clear()
     assert math_equal("\\frac{10}{4}", "2\\frac12")
@@ -202,6 +208,7 @@ def test_a_timeout_is_death_and_counted_and_the_next_answer_is_graded(monkeypatc
     assert Math.grader.pid != first.pid and Math.timeouts == died + 1
 
 
+@needs_math_verify
 def test_the_process_outlives_an_alarm_that_was_cleared(monkeypatch):
     verified.cache_clear()
     assert math_equal("\\sqrt{18}", "3\\sqrt2")                     # starts it, if need be
@@ -212,6 +219,7 @@ def test_the_process_outlives_an_alarm_that_was_cleared(monkeypatch):
     assert math_equal("\\sqrt{12}", "2\\sqrt3") and Math.grader.pid == pid
 
 
+@needs_math_verify
 def test_a_killed_process_is_replaced():
     verified.cache_clear()
     assert math_equal("\\sqrt{8}", "2\\sqrt2")
@@ -220,6 +228,7 @@ def test_a_killed_process_is_replaced():
     assert math_equal("\\sqrt{12}", "2\\sqrt3")
 
 
+@needs_math_verify
 def test_ctrl_c_while_an_answer_is_graded_leaves_no_reply_behind(monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -237,6 +246,7 @@ def test_ctrl_c_while_an_answer_is_graded_leaves_no_reply_behind(monkeypatch):
     assert math_equal("\\sqrt{50}", "5\\sqrt2") and not math_equal("\\sqrt{51}", "5\\sqrt2")
 
 
+@needs_math_verify
 def test_the_process_has_a_session_of_its_own_and_ends_with_its_parent():
     script = ("import math_task as m, os, sys; assert m.math_equal(r'\\sqrt{8}', r'2\\sqrt2'); pid = m.Math.grader.pid;"
               "assert os.getsid(pid) == pid != os.getsid(0); print(pid, flush=True); sys.stdin.read()")
@@ -293,6 +303,7 @@ def pairs(problems):
     return {(p.prompt, p.answer) for p in problems}
 
 
+@needs_math_verify
 def test_jsonl_and_json(tmp_path, capsys):
     rows = [row for row, _, _ in ROWS]
     # and a duplicate, spaced otherwise; the first of them counts
@@ -482,6 +493,7 @@ def test_without_math_verify(tmp_path, monkeypatch, capsys):
         verified.cache_clear()
 
 
+@needs_math_verify
 @pytest.mark.parametrize("predicted, gold, right", [
     ("-2\\le x\\le 7", "x \\in [-2,7]", True), ("x>5", "(5,\\infty)", True), ("5 < x < 6", "[5,6]", False),
     ("5\\text{ million}", "5", False), ("5\\text{ dozen}", "5", False), ("5\\text{ million}", "5\\text{ million}", True),
@@ -490,6 +502,7 @@ def test_what_a_sceptic_found(predicted, gold, right):
     assert math_equal(predicted, gold) is right
 
 
+@needs_math_verify
 def test_a_grader_that_dies_between_two_answers_is_replaced(monkeypatch):
     assert math_equal("\\frac{2}{7}", "2/7")
     dead = Math.grader
