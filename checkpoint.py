@@ -181,11 +181,12 @@ def summary(step: int, episodes: list, reward: Tensor, updates: list[Counter], s
             "finished": sum(e.finished for e in episodes) / len(episodes),
             "entropy": float(torch.cat([e.entropy for e in episodes]).mean()),
             "equal_groups": float((reward.view(-1, samples) == reward[::samples, None]).all(1).float().mean()),
-            "shaping": mean(updates, "shaping", "tokens"), "clip_low": mean(updates, "clipped_low", "tokens"),
-            "clip_high": mean(updates, "clipped_high", "tokens"), "kl": mean(updates, "kl", "tokens"),
-            "loss": mean(updates, "loss"), "gap_mean": mean(first, "gap", "tokens"),
+            "shaping": mean(updates, "shaping", "tokens"), "shaping_up": mean(updates, "shaping_up", "up"),
+            "shaping_down": mean(updates, "shaping_down", "down"), "capped": mean(updates, "capped", "tokens"),
+            "clip_low": mean(updates, "clipped_low", "tokens"), "clip_high": mean(updates, "clipped_high", "tokens"),
+            "kl": mean(updates, "kl", "tokens"), "loss": mean(updates, "loss"), "grad_norm": mean(updates, "grad_norm"),
             "gap_max": max((sums["gap_max"] for sums in first if sums["tokens"]), default=None),
-            "grad_norm": mean(updates, "grad_norm"), "tokens": tokens}
+            "gap_mean": mean(first, "gap", "tokens"), "tokens": tokens}
 
 
 def explained(updates: list[Counter], value: Tensor, ret: Tensor) -> dict:

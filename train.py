@@ -48,7 +48,7 @@ class Settings:
     algo: str = flag("grpo", "where advantages come from: the group (grpo) or a critic (ppo)", choices=("grpo", "ppo"))
     model: str = flag("base", "model to start from: a folder or a hub id")
     preset: str = flag("", "the paper's settings; flags beside it change single ones", choices=("", *PRESETS))
-    task: str = flag("countdown", "countdown or math")
+    task: str = flag("countdown", "countdown, countdown3 or countdown5 (with three or five numbers), or math")
     data: str = flag("", "math: problems to train on, a jsonl, json or parquet file or a hub data set")
     test_data: str = flag("", "math: problems that are kept out of the training")
     template: str = flag("dapo", "math: how a problem is put", choices=("dapo", "qwen-math", "chat", "none"))
@@ -141,8 +141,9 @@ def update(model: Transformer, optimizer: torch.optim.Optimizer, episodes: list[
         loss = loss - s.entropy_coef * torch.where(mask, entropy, 0.0).sum() / denominator
         loss.backward()
         share = torch.where(mask & (plain != 0), (shaped - plain) / plain.abs(), 0.0)               # psi / |A|
-        gap = (logp.detach() - old).abs()[mask]
-        sums |= {"loss": loss.detach(), "shaping": share.sum(), "gap": gap.sum()}
+        gap, up, down = (logp.detach() - old).abs()[mask], mask & (plain > 0), mask & (plain < 0)
+        sums |= {"loss": loss.detach(), "gap": gap.sum(), "shaping": share.sum(), "shaping_up": share[up].sum(), "up": up.sum(),
+                 "shaping_down": share[down].sum(), "down": down.sum(), "capped": (share > 0.9999 / s.kappa).sum()}
         total.update({name: float(value) for name, value in sums.items()})
         total["gap_max"] = max(total["gap_max"], float(gap.max()))
     return descend(model, optimizer, total, s)
@@ -197,8 +198,7 @@ def descend(module: torch.nn.Module, optimizer: torch.optim.Optimizer, total: Co
 def adamw(module: torch.nn.Module, lr: float, s: Settings) -> torch.optim.Optimizer:
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    kind = MasterAdamW if s.weights == "bfloat16" else torch.optim.AdamW
-    return kind(module.parameters(), lr, weight_decay=s.weight_decay)
+    return (MasterAdamW if s.weights == "bfloat16" else torch.optim.AdamW)(module.parameters(), lr, weight_decay=s.weight_decay)
 
 
 def train(s: Settings) -> Path | None:
@@ -311,8 +311,7 @@ def train(s: Settings) -> Path | None:
         bar.set_postfix(reward=f"{line['reward']:+.2f}", entropy=f"{line['entropy']:.2f}", length=f"{line['length']:.0f}")
     if rank > 0:
         return run
-    ks = [k for k in (1, 4, 16, 64, 256) if k <= s.final_samples]
-    table, record = report({"base": validated[0], "trained": validated[-1]}, ks)
+    table, record = report({"base": validated[0], "trained": validated[-1]}, [4 ** i for i in range(5) if 4 ** i <= s.final_samples])
     with whole(run / "validation.json") as fresh:
         fresh.write_text(json.dumps(record) + "\n")
     print(f"\n{s.task} validation: {len(validation)} problems, {s.final_samples} samples each, temperature "
