@@ -140,7 +140,7 @@ def report(results: dict[str, dict], ks: Sequence[int]) -> tuple[str, dict]:
 @dataclasses.dataclass
 class Settings:
     models: tuple = flag((), "folders or hub ids of models; the others are compared with the first", nargs="+", type=str)
-    task: str = flag("countdown", "countdown, countdown3, countdown5 (three or five numbers) or math")
+    task: str = flag("countdown", "countdown, countdown-easy, countdown-hard or math")
     data: str = flag("", "math: the training data, whose splits are train and validation")
     test_data: str = flag("", "math: the test data")
     template: str = flag("dapo", "math: how a problem is put", choices=("dapo", "qwen-math", "chat", "none"))

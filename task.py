@@ -86,16 +86,16 @@ def chains(numbers: tuple[int, ...]) -> Counter[int]:
 
 
 class Countdown:
-    """All problems with `count` numbers from 1 to 9 and a target from 10 to 99 that at least `solutions` chains solve
-    (three, because blind search almost never finds the only one), split by a hash of (sorted numbers, target): 90 %
-    train, 5 % validation, 5 % test. No problem is in two splits in any order of its numbers. The order of a split, and
-    of the numbers in a prompt, is the hash's too, so the first 200 test problems are the same 200 everywhere."""
+    """All problems with `count` numbers from 1 to 9 and a target from 10 to 99 that `solutions` to `most` chains solve
+    (at least three, because blind search almost never finds the only one), split by a hash of (sorted numbers, target):
+    90 % train, 5 % validation, 5 % test. No problem is in two splits in any order of its numbers. The order of a split,
+    and of the numbers in a prompt, is the hash's too, so the first 200 test problems are the same 200 everywhere."""
 
-    def __init__(self, count: int = 4, solutions: int = 3) -> None:
+    def __init__(self, count: int = 4, solutions: int = 3, most: int = 10 ** 9) -> None:
         found = []                                      # all of it takes a third of a second
         for numbers in itertools.combinations_with_replacement(range(1, 10), count):
             ways = chains(numbers)
-            for target in (t for t in range(10, LARGEST + 1) if ways[t] >= solutions):
+            for target in (t for t in range(10, LARGEST + 1) if solutions <= ways[t] <= most):
                 found.append((hashlib.sha256(f"{numbers} {target}".encode()).digest(), numbers, target))
         train, validation, test = [], [], []
         for digest, numbers, target in sorted(found, key=lambda row: row[0][12:]):
@@ -114,10 +114,10 @@ class Countdown:
 
 
 def load_task(name: str, data: str = "", test_data: str = "", template: str = "dapo"):
-    """The task called `name`; the rest is for math, real mathematics. ValueError for a name that is none."""
+    """The task called `name`; the rest is for math. countdown-easy and -hard: 12 or more solutions, and 1 or 2. ValueError."""
     if name == "math":
         from math_task import Math                      # here, because countdown needs nothing of it
         return Math(data, test_data, template)
-    if name not in (counts := {"countdown": 4, "countdown3": 3, "countdown5": 5}) or data or test_data:
-        raise ValueError(f"unknown task {name!r}; the tasks are {', '.join(counts)}, which bring their problems, and math")
-    return Countdown(counts[name])
+    if name not in (kinds := {"countdown": (4, 3), "countdown-easy": (4, 12), "countdown-hard": (4, 1, 2)}) or data or test_data:
+        raise ValueError(f"unknown task {name!r}; the tasks are {', '.join(kinds)}, which bring their problems, and math")
+    return Countdown(*kinds[name])

@@ -48,7 +48,7 @@ class Settings:
     algo: str = flag("grpo", "where advantages come from: the group (grpo) or a critic (ppo)", choices=("grpo", "ppo"))
     model: str = flag("base", "model to start from: a folder or a hub id")
     preset: str = flag("", "the paper's settings; flags beside it change single ones", choices=("", *PRESETS))
-    task: str = flag("countdown", "countdown, countdown3 or countdown5 (with three or five numbers), or math")
+    task: str = flag("countdown", "countdown, countdown-easy, countdown-hard (many or few solutions) or math")
     data: str = flag("", "math: problems to train on, a jsonl, json or parquet file or a hub data set")
     test_data: str = flag("", "math: problems that are kept out of the training")
     template: str = flag("dapo", "math: how a problem is put", choices=("dapo", "qwen-math", "chat", "none"))

@@ -145,3 +145,16 @@ def test_template_tokenizer_and_reward():
     assert task.reward(problem, SOLUTION, True) == 1.0
     assert task.reward(problem, SOLUTION, False) == -1.0                    # cut at the limit
     assert task.reward(problem, "7 so", True) == -1.0
+
+
+def test_easy_and_hard_problems_are_those_with_many_and_few_solutions():
+    for name, fits, other in (("countdown-easy", lambda n: n >= 12, "countdown"), ("countdown-hard", lambda n: n <= 2, None)):
+        task = load_task(name)
+        for problem in random.Random(0).sample(task.train, 3):
+            asked = [int(n) for n in problem.prompt.split(" ->")[0].split()]
+            assert fits(len({s.split(" vs")[0] for s in all_solutions(asked, int(problem.answer))}))
+        if other:                                                           # a problem's split does not depend on the task
+            assert set(task.train) <= set(load_task(other).train) and set(task.test) <= set(load_task(other).test)
+    everything = Countdown(solutions=1)
+    assert len(load_task("countdown-hard").train) + len(load_task("countdown").train) == len(everything.train)
+    assert load_task("countdown").test == Countdown().test

@@ -62,9 +62,9 @@ def test_gradient_equals_a_slow_loop_for_any_split_with_or_without_zero_advantag
     with torch.no_grad():
         reference.model.embed_tokens.weight[0] *= 3
     episodes = make_episodes(load(str(folder))[0])
-    temperature, alpha, kappa, low, high = 0.9, 0.3, 3.0, 0.15, 0.35
+    temperature, alpha, kappa, low, high = 0.9, 0.05, 3.0, 0.15, 0.35     # the cap binds where |A| = 0.5
     tokens = sum(len(e.response) for e in episodes)
-    loss, clipped, shaping, gap_max = 0.0, 0, 0.0, 0.0
+    loss, clipped, gap_max, shaping = 0.0, 0, 0.0, {"up": [], "down": []}      # psi / |A|, of positive and negative A
     for e, a in zip(episodes, MIXED.tolist()):
         z = reference(torch.cat((e.prompt, e.response))[None]).logits[0, len(e.prompt) - 1:-1] / temperature
         for t, token in enumerate(e.response):              # every response token, the end token included
@@ -76,7 +76,7 @@ def test_gradient_equals_a_slow_loop_for_any_split_with_or_without_zero_advantag
             clipped += not 1 - low < float(ratio.detach()) < 1 + high
             loss = loss - torch.min(ratio * shaped, ratio.clamp(1 - low, 1 + high) * shaped) / tokens - beta * entropy / tokens
             if a != 0 or beta:
-                shaping += (shaped - a) / abs(a) if a else 0.0
+                shaping["up" if a > 0 else "down"] += [(shaped - a) / abs(a)] if a else []
                 gap_max = max(gap_max, abs(math.log(float(ratio.detach()))))
     loss.backward()
     assert clipped > 10
@@ -94,7 +94,11 @@ def test_gradient_equals_a_slow_loop_for_any_split_with_or_without_zero_advantag
                 assert sums["loss"] == pytest.approx(loss.item(), abs=1e-5)
                 live = [e for e, a in zip(episodes, MIXED) if a != 0 or not skip_zero or beta]
                 assert sums["tokens"] == sum(len(e.response) for e in live)
-                assert sums["shaping"] == pytest.approx(shaping, rel=1e-4)
+                both = [*shaping["up"], *shaping["down"]]
+                assert sums["shaping"] == pytest.approx(sum(both), rel=1e-4)
+                assert sums["capped"] == sum(share > 0.9999 / kappa for share in both) and 0 < sums["capped"] < len(both)
+                for side, shares in shaping.items():
+                    assert sums[side] == len(shares) > 0 and sums[f"shaping_{side}"] == pytest.approx(sum(shares), rel=1e-4)
                 assert sums["gap_max"] >= gap_max - 1e-4 and (not skip_zero or sums["gap_max"] < gap_max + 1e-4)
 
 
@@ -175,16 +179,18 @@ def test_data_order_visits_every_problem_once_an_epoch():
 
 def test_statistics_of_a_step_are_those_of_its_updates():
     e = [Episode(torch.zeros(1), torch.zeros(n), None, torch.full((n,), h), n < 4, 0) for n, h in ((2, 1.0), (4, 0.25))]
-    updates = [train.Counter(tokens=2, kl=0.2, loss=-1.0, shaping=1.0, gap=0.4, gap_max=0.3, grad_norm=1.0),
-               train.Counter(tokens=6, kl=0.2, loss=0.5, clipped_high=2, gap=9.0, gap_max=5.0, grad_norm=2.0)]
+    updates = [train.Counter(tokens=2, kl=0.2, loss=-1.0, shaping=1.0, shaping_up=0.25, up=1, shaping_down=0.75, down=1,
+                             capped=1, gap=0.4, gap_max=0.3, grad_norm=1.0),
+               train.Counter(tokens=6, kl=0.2, loss=0.5, shaping_up=0.25, up=4, clipped_high=2, gap=9.0, gap_max=5.0, grad_norm=2.0)]
     line = summary(3, e, torch.tensor([1.0, -1.0]), updates, 2)
     assert line | {"entropy": round(line["entropy"], 6)} == pytest.approx({
         "step": 3, "reward": 0.0, "length": 3.0, "finished": 0.5, "entropy": 0.5, "equal_groups": 0.0, "shaping": 1 / 8,
+        "shaping_up": 0.5 / 5, "shaping_down": 0.75, "capped": 1 / 8,
         "clip_low": 0.0, "clip_high": 2 / 8, "kl": 0.4 / 8, "loss": -0.25, "gap_mean": 0.2, "gap_max": 0.3,
         "grad_norm": 1.5, "tokens": 6})
     nothing = summary(3, e, torch.tensor([1.0, 1.0]), [train.Counter(), updates[1]], 2)
     warming = summary(3, e, torch.tensor([1.0, -1.0]), [], 2)
-    assert all(warming[name] is None for name in ("shaping", "clip_low", "clip_high", "kl", "loss", "grad_norm", "gap_mean"))
+    assert all(warming[name] is None for name in ("shaping", "shaping_up", "capped", "clip_low", "clip_high", "kl", "loss", "grad_norm", "gap_mean"))
     assert nothing["gap_mean"] is nothing["gap_max"] is None and nothing["equal_groups"] == 1.0     # not measured is not 0
 
 
