@@ -40,11 +40,10 @@ from task import load_task
 
 COMMANDS = ("decode", "refill", "update", "step", "memory", "growth")
 # "tiny" is the embedded model; of the others only the shape counts, the weights are random.
-QWEN = dict(model_type="qwen2", rms_norm_eps=1e-6, rope_theta=1e6, num_hidden_layers=28)
-SHAPES = {"1.5b": dict(QWEN, vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_attention_heads=12,
-                       num_key_value_heads=2, tie_word_embeddings=True),
-          "7b": dict(QWEN, vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_attention_heads=28,
-                     num_key_value_heads=4, tie_word_embeddings=False)}
+SHAPES = {name: dict(model_type="qwen2", rms_norm_eps=1e-6, rope_theta=1e6, num_hidden_layers=28, vocab_size=words, hidden_size=width,
+                     intermediate_size=inner, num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=tied)
+          for name, words, width, inner, heads, kv, tied in (("1.5b", 151936, 1536, 8960, 12, 2, True),
+                                                             ("7b", 152064, 3584, 18944, 28, 4, False))}
 SAMPLES, MINIBATCH, LIMIT = 16, 4, 128          # answers per problem, problems per optimizer step, longest response
 SHAPE = (128, 32)                               # growth: the smallest shape, sequences and tokens
 SIDES = ("ours", "trl-16-at-a-time", "trl-64-at-a-time")       # memory

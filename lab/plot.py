@@ -20,13 +20,10 @@ from evaluate import bootstrap, flag, parse_flags, pass_table
 from train import Settings as TrainSettings
 
 PANELS = (("reward", "mean reward, -1 to 1"), ("validation", "validation Pass@1"), ("length", "response length, tokens"),
-          ("entropy", "entropy, nats per token"), ("shaping", "ψ / |A|, mean over tokens"),
-          ("clipped", "clipped tokens, fraction"))
-STYLES = [dict(color=c, linestyle=l, marker=m) for c, l, m in
-          (("0.0", "-", "o"), ("0.45", "--", "s"), ("0.2", ":", "^"), ("0.6", "-.", "D"), ("0.3", (0, (5, 1, 1, 1)), "v"),
-           ("0.7", (0, (1, 3)), "x"))]
-
-
+          ("entropy", "entropy, nats per token"), ("shaping", "ψ / |A|, mean over tokens"), ("clipped", "clipped tokens, fraction"),
+          ("shaping_up", "ψ / |A|, tokens of positive A"), ("shaping_down", "ψ / |A|, tokens of negative A"))
+STYLES = [dict(color=c, linestyle=l, marker=m) for c, l, m in (
+          ("0.0", "-", "o"), ("0.45", "--", "s"), ("0.2", ":", "^"), ("0.6", "-.", "D"), ("0.3", (0, (5, 1, 1, 1)), "v"), ("0.7", (0, (1, 3)), "x"))]
 SPEED = ("slots", "micro_tokens", "chunk", "skip_zero", "compile", "device")    # change nothing but time and rounding
 
 
@@ -52,12 +49,11 @@ def read_run(folder: Path) -> dict:
         curves = {name: {line["step"]: line[name] for line in log} for name in ("reward", "length", "entropy", "shaping")}
         curves["clipped"] = {line["step"]: None if line["clip_low"] is None else line["clip_low"] + line["clip_high"]
                              for line in log}
-        curves["validation"] = {v["step"]: sum(v["solved"]) / len(v["solved"]) / v["samples"]
-                                for v in read("validation.jsonl")}
+        curves["validation"] = {v["step"]: sum(v["solved"]) / len(v["solved"]) / v["samples"] for v in read("validation.jsonl")}
     except (TypeError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} was not written by this version of train.py ({type(error).__name__}: {error})") from None
     final = read_json(folder / "validation.json") if (folder / "validation.json").exists() else None
-    return {"settings": settings, "curves": curves, "final": final}
+    return {"settings": settings, "model": settings.model, "curves": curves, "final": final}
 
 
 def by_settings(runs: list[dict]) -> dict[str, list[dict]]:
@@ -89,7 +85,7 @@ def pass_curve(runs: list[dict], model: str) -> np.ndarray:
     return np.column_stack([ks, values.mean(0), *bootstrap(values)])
 
 
-def draw(groups: dict[str, list[dict]], out: Path) -> list[Path]:
+def draw(groups: dict[str, list[dict]], out: Path, problems: str = "validation") -> list[Path]:
     try:
         import matplotlib
     except ImportError:
@@ -100,7 +96,7 @@ def draw(groups: dict[str, list[dict]], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "curves.png", out / "pass_at_k.png"]
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
-    for axis, (name, label) in zip(axes.flat, PANELS):
+    for axis, (name, label) in zip(axes.flat, (p for p in PANELS if all(p[0] in r["curves"] for runs in groups.values() for r in runs))):
         for style, (group, runs) in zip(STYLES * len(groups), groups.items()):
             step, mean, low, high = band([run["curves"][name] for run in runs]).T
             axis.plot(step, mean, label=group, markevery=max(1, len(step) // 6), markersize=4, linewidth=1.2, **style)
@@ -116,7 +112,7 @@ def draw(groups: dict[str, list[dict]], out: Path) -> list[Path]:
     if not finished:
         return written[:1]
     figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
-    models = {run["settings"].model: run for runs in finished.values() for run in runs}
+    models = {run["model"]: run for runs in finished.values() for run in runs}
     curves = {Path(model).name: pass_curve([run], "base") for model, run in models.items()}
     curves |= {group: pass_curve(runs, "trained") for group, runs in finished.items()}
     styles = [dict(color="0.5", linestyle=":", marker=".")] * len(models) + STYLES * len(curves)
@@ -125,7 +121,7 @@ def draw(groups: dict[str, list[dict]], out: Path) -> list[Path]:
         axis.plot(k, mean, label=label, markersize=4, linewidth=1.2, **style)
         axis.fill_between(k, low, high, color=style["color"], alpha=0.15, linewidth=0)
     axis.set_xscale("log", base=2)
-    axis.set(xlabel="K, answers per problem", ylabel="Pass@K on validation, fraction of problems", ylim=(0, 1.02))
+    axis.set(xlabel="K, answers per problem", ylabel=f"Pass@K on {problems}, fraction of problems", ylim=(0, 1.02))
     axis.xaxis.set_major_formatter("{x:.0f}")
     axis.grid(color="0.9")
     axis.legend(frameon=False)

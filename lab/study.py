@@ -1,19 +1,22 @@
-"""All arms, several seeds, one command: `python -m lab.study`.
+"""Does the line help? All arms, several seeds, one command: `python -m lab.study`; its results are lab/RESULTS.md.
 
-It trains, measures on the *test* problems once, and prints the tables. Run it when the settings
-are frozen, not before. `--tables` prints them again from the saved counts, without running anything.
+    python -m lab.study             trains every arm, measures it on the *test* problems once, prints the tables
+    python -m lab.study --map       varies one setting at a time, on the validation problems
+    python -m lab.study --tables    only prints the tables and draws the figures, from the saved counts
+    python -m lab.study --quick     a miniature of all this, in minutes, in runs/quick: to see that it works
 
-Each finished run leaves lab/results/ARM-SEED.json.gz: right answers per test problem and what the responses did. A
-run that has left its file is not done again, so an interrupted study goes on where it was; one whose training was
-stopped goes on from its last save. Two single-threaded processes work side by side. Seeds vary data order and sampling; the
-base model is the same.
+Run it when the settings are frozen, not before. Fixed beforehand: the primary outcome is Pass@1 and Pass@64 of GRPO with the
+entropy advantage minus those of GRPO, with the t interval over seeds. Everything else is secondary.
 
-Two intervals stand side by side because they answer different questions: over problems (bootstrap, as in evaluate.py)
-what other problems would give with these trained models, over seeds (t) what other training runs would give.
+Each finished run leaves ARM-SEED.json.gz in lab/results/: right answers per problem, what the responses did, the training
+curves and a digest of the weights. A run that has left its file is not done again, so an interrupted study goes on where it
+was, also on another day; one whose training was stopped goes on from its last save. Two single-threaded processes work side
+by side, the core (GRPO without the line and with it) first. Seeds vary data order and sampling; the base model is the same.
 """
 
 import concurrent.futures
 import gzip
+import hashlib
 import json
 import os
 import subprocess
@@ -25,72 +28,136 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from evaluate import bootstrap, count_solved, flag, parse_flags, pass_table
-from lab.pretrain import PROMPT, RESPONSE, Behaviour
+import train
+from advantage import group_advantage, shape_with_entropy
+from checkpoint import read_json
+from evaluate import bootstrap, check_numbers, count_solved, flag, parse_flags, pass_table
+from lab.plot import draw
+from lab.pretrain import Behaviour
 from model import load
 from rollout import Sampler
-from task import Countdown
+from task import load_task
 
-ARMS = {"GRPO": ["--alpha", "0"], "GRPO + entropy advantage": []}
-PROBLEMS, SAMPLES = 200, 256
+GRPO, LINE, PPO, ENDING = "GRPO", "GRPO + entropy advantage", "PPO", " + entropy advantage"
+CORE = {GRPO: ["--alpha", "0"], LINE: []}
+OTHERS = {PPO: ["--algo", "ppo", "--alpha", "0"], PPO + ENDING: ["--algo", "ppo"],
+          "GRPO + entropy regularisation": ["--alpha", "0", "--entropy-coef", "0.003"],     # the best of three, see MAP
+          "GRPO without clip-higher": ["--alpha", "0", "--clip-high", "0.2"]}
+PAIRS = {"steps x 3": ["--steps", "300"], "lr 1e-4, minibatch 2": ["--lr", "1e-4", "--minibatch", "2"],
+         "hard": ["--task", "countdown-hard"], "easy": ["--task", "countdown-easy"]}        # each without and with the line
+MAP = {f"beta {b}": ["--alpha", "0", "--entropy-coef", b] for b in ("0.003", "0.01", "0.03")} | {
+    f"{name} {x}": [f"--{name}", x] for name, x in (("alpha", "1"), ("alpha", "2"), ("kappa", "1.5"), ("kappa", "4"))} | {
+    name + line: flags + CORE[GRPO + line] for name, flags in PAIRS.items() for line in ("", ENDING)}
+AGAINST = {arm: arm.removesuffix(ENDING) if arm.endswith(ENDING) else GRPO for arm in (LINE, *OTHERS, *MAP)
+           if arm not in (PPO, *PAIRS)}
+GROUP, ALPHA, KAPPA = 16, 0.4, 2.0          # what `Watch` asks about, of any model
 KS = (1, 4, 16, 64, 128)
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-MOST_SEEDS = len(T_975) + 1
-BEHAVIOUR = ("tokens per response", "attempts per response", "checks per response", "attempts that hit",
-             "so after a checked hit", "so after a checked miss", "so after an unchecked attempt",
-             "responses cut at the limit", "steps with wrong arithmetic", "attempts with wrong operands", "entropy in nats")
+CURVES = ("reward", "length", "entropy", "equal_groups", "shaping", "shaping_up", "shaping_down", "capped", "explained_variance")
 
 
 @dataclass
 class Settings:
-    seeds: int = flag(3, "training seeds per arm, from 0")
+    seeds: int = flag(6, "training seeds of the core arms, from 0")
+    other_seeds: int = flag(3, "training seeds of the other arms")
+    arms: str = flag("", "only these arms, as their files are called, separated by commas: grpo,ppo-entropy-advantage")
+    map: bool = flag(False, "vary one setting at a time instead, seed 0, on the validation problems")
+    quick: bool = flag(False, "a miniature: one seed, 3 steps, 5 problems, in runs/quick")
     runs: str = flag("runs/study", "where the training runs go")
     results: str = flag("lab/results", "where the counts go")
     processes: int = flag(2, "single-threaded processes side by side")
-    tables: bool = flag(False, "only print the tables from the saved counts")
-    measure: str = flag("", "used by the study itself: measure this model folder and write --to")
-    to: str = flag("", "see --measure")
+    tables: bool = flag(False, "only print the tables from the saved counts, and draw the figures")
 
 
-def key(arm: str, seed: int) -> str:
-    return f"{arm.lower().replace(' + ', '-').replace(' ', '-')}-{seed}"
+def key(arm: str, *seed: int) -> str:
+    return "-".join([arm.lower().replace(" + ", "-").replace(",", "").replace(" ", "-"), *map(str, seed)])
 
 
-def measure(model_folder: str, target: Path) -> None:
-    """Samples the test problems once and saves the counts."""
+class Watch(Behaviour):
+    """What responses do, and what the line would do to them: in groups of 16 with so many right answers, the tokens of
+    right and of wrong ones, their sum of psi / |A| and how often the cap binds. `watch` goes to evaluate.count_solved."""
+
+    def __init__(self, task) -> None:
+        super().__init__()
+        self.task, self.group, self.line = task, [], {"right": {}, "wrong": {}}
+
+    def watch(self, problem, response, episode) -> None:
+        super().watch(problem, response, episode)
+        grams = list(zip(*(response.split()[i:] for i in range(4))))
+        self.update({"grams": len(grams), "repeated": len(grams) - len(set(grams))})
+        self.group.append((self.task.reward(problem, response, episode.finished), episode.entropy))
+        if len(self.group) == GROUP:
+            reward, entropy = torch.tensor([r for r, _ in self.group]), torch.cat([h for _, h in self.group])
+            advantage = group_advantage(reward, torch.zeros(GROUP, dtype=torch.long))
+            plain = torch.cat([a.expand(len(h)) for a, (_, h) in zip(advantage, self.group)])           # [tokens]
+            share, self.group = (shape_with_entropy(plain, entropy, ALPHA, KAPPA) - plain) / plain.abs(), []
+            for side, mask in (("right", plain > 0), ("wrong", plain < 0)):
+                if mask.any():                                                  # nowhere if all are right or all wrong
+                    kept = self.line[side].setdefault(int((reward > 0).sum()), [0, 0.0, 0])
+                    sums = int(mask.sum()), float(share[mask].sum()), int((share[mask] > 0.9999 / KAPPA).sum())
+                    kept[:] = [a + b for a, b in zip(kept, sums)]
+
+    def figures(self) -> dict:
+        return super().figures() | {"repeated 4-grams, share": self["repeated"] / max(1, self["grams"]), "line": self.line}
+
+
+def measure(folder: str, target: str, split: str, problems: int, samples: int) -> None:
+    """Samples the first problems of a split once and saves the counts. `folder`: a run, or "base"."""
     torch.set_num_threads(1)
-    model, tokenizer = load(model_folder)
-    behaviour, task = Behaviour(), Countdown()
-    result = count_solved(Sampler(model, 512, PROMPT + RESPONSE, model.eos_ids), tokenizer, task, task.test[:PROBLEMS],
-                          SAMPLES, RESPONSE, 1.0, 1.0, seed=0, watch=behaviour.watch)
-    fresh = target.with_suffix(".tmp")
+    run, log = Path(folder), []
+    s = train.Settings(**read_json(run / "config.json")) if folder != "base" else train.Settings()
+    model, tokenizer = load(folder)
+    task = load_task(s.task)
+    watch, part = Watch(task), getattr(task, split)[:problems]
+    sampler = Sampler(model, s.slots, len(task.encode(part[0], tokenizer)) + s.max_new_tokens, model.eos_ids)
+    counts = count_solved(sampler, tokenizer, task, part, samples, s.max_new_tokens, s.temperature, 1.0, 0, watch=watch.watch)
+    record = {"run": folder, "split": split, "solved": counts["solved"], "samples": samples, **watch.figures()}
+    if folder != "base":
+        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        short = lambda x: None if x is None else float(f"{x:.4g}")
+        record |= {"run": train.run_name(s), "weights": hashlib.sha256((run / "model/model.safetensors").read_bytes()).hexdigest(),
+                   "curves": {name: [short(line[name]) for line in log] for name in CURVES if name in log[0]}}
+    fresh = Path(target).with_suffix(".tmp")
+    fresh.parent.mkdir(parents=True, exist_ok=True)
     with gzip.GzipFile(fresh, "wb", mtime=0) as file:           # no time stamp: same counts, same bytes
-        file.write(json.dumps({"solved": result["solved"], "samples": SAMPLES, **behaviour.figures()}).encode())
+        file.write(json.dumps(record).encode())
     fresh.rename(target)
 
 
-def work(arm: str, seed: int, s: Settings) -> None:
+def jobs(s: Settings) -> list[tuple[str, int, list[str] | None, str]]:
+    """What is left to do, in this order: arm, seed, train.py's flags (None: it is the base), where the counts go."""
+    found = [(arm, seed, flags) for seed in range(s.seeds) for arm, flags in CORE.items()]
+    if s.map:
+        found += [(arm, 0, flags) for arm, flags in MAP.items()]
+    else:
+        found = [("base", 0, None), *found, *((arm, n, flags) for n in range(s.other_seeds) for arm, flags in OTHERS.items())]
+    known, wanted = {key(arm) for arm, *_ in found}, set(filter(None, s.arms.split(",")))
+    if wanted - known:
+        raise ValueError(f"no arm is called {', '.join(sorted(wanted - known))}; there are {', '.join(sorted(known))}")
+    files = [(*job, f"{s.results}{'/map' * s.map}/{key(*job[:2])}.json.gz") for job in found if key(job[0]) in (wanted or known)]
+    return [job for job in files if not Path(job[3]).exists()]
+
+
+def work(arm: str, seed: int, flags: list[str] | None, target: str, s: Settings) -> None:
     """Trains (unless it is the base, or done) and measures one run, each in a process of one thread."""
-    target, folder = Path(s.results) / f"{key(arm, seed)}.json.gz", "base"
+    folder = f"{s.runs}/{key(arm, seed)}" if flags is not None else "base"
     run = lambda *command: subprocess.run([sys.executable, *command], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
                                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if arm in ARMS:
-        folder = f"{s.runs}/{key(arm, seed)}"
-        if Path(folder, "config.json").exists():                # begun, and perhaps finished
-            run("train.py", "--resume", folder)
-        else:
-            run("train.py", "--out", s.runs, "--name", key(arm, seed), "--seed", str(seed), *ARMS[arm])
-    run("-m", "lab.study", "--measure", folder, "--to", str(target))
+    if Path(folder, "log.jsonl").exists():                      # begun, and perhaps finished
+        run("train.py", "--resume", folder)
+    elif flags is not None:
+        run("train.py", "--out", s.runs, "--name", key(arm, seed), "--seed", str(seed), *flags, "--final-samples", "8",
+            *(["--steps", "3", "--eval-problems", "5"] if s.quick else []))             # what is reported is measured below
+    size = (5, 64) if s.map and s.quick else (5, 128) if s.quick else (200, 64) if s.map else (200, 256)
+    run("-c", f"from lab.study import measure; measure{(folder, target, 'validation' if s.map else 'test', *size)}")
 
 
 def study(s: Settings) -> None:
-    if not 1 <= s.seeds <= MOST_SEEDS:
-        raise ValueError(f"--seeds must be 1 to {MOST_SEEDS}; it is {s.seeds}")
-    Path(s.results).mkdir(parents=True, exist_ok=True)
-    todo = [("base", 0), *((arm, seed) for seed in range(s.seeds) for arm in ARMS)]
-    todo = [job for job in todo if not Path(s.results, f"{key(*job)}.json.gz").exists()]
+    check_numbers(s)
+    if max(s.seeds, s.other_seeds) > len(T_975) + 1:
+        raise ValueError(f"--seeds and --other-seeds must be at most {len(T_975) + 1}; they are {s.seeds} and {s.other_seeds}")
     with concurrent.futures.ThreadPoolExecutor(s.processes) as pool:
-        futures = [pool.submit(work, *job, s) for job in todo]
+        futures = [pool.submit(work, *job, s) for job in jobs(s)]
         try:
             for future in tqdm(concurrent.futures.as_completed(futures), total=len(futures), desc="study", unit="run"):
                 future.result()
@@ -101,94 +168,116 @@ def study(s: Settings) -> None:
 
 def read(results: Path, arm: str) -> dict[int, dict]:
     """The saved counts of an arm: seed -> record."""
-    files = {seed: results / f"{key(arm, seed)}.json.gz" for seed in range(MOST_SEEDS)}
+    files = {seed: results / f"{key(arm, seed)}.json.gz" for seed in range(len(T_975) + 1)}
     return {seed: json.loads(gzip.decompress(file.read_bytes())) for seed, file in files.items() if file.exists()}
 
 
+def passes(records: dict[int, dict]) -> dict[int, np.ndarray]:
+    return {seed: pass_table(r["solved"], r["samples"], [k for k in KS if k <= r["samples"]]) for seed, r in records.items()}
+
+
+def gains(arm: dict[int, np.ndarray], other: dict[int, np.ndarray]) -> np.ndarray:
+    """[seeds, problems, K] of the seeds that both have; a single run is compared with the other arm's mean over seeds."""
+    if len(arm) == 1:
+        other = {seed: np.mean(list(other.values()), 0) for seed in arm}
+    return np.stack([arm[seed] - other[seed] for seed in sorted(set(arm) & set(other))])
+
+
+def cells(mean, low, high, sign: str = "") -> list[str]:
+    return [f"{m:{sign}.3f} [{l:{sign}.3f}, {h:{sign}.3f}]" for m, l, h in zip(mean, low, high)]
+
+
+def over_problems(values: np.ndarray, sign: str = "") -> list[str]:
+    """[seeds, problems, K] -> means with 95 % bootstrap intervals: what other problems would give these models."""
+    return cells(values.mean((0, 1)), *bootstrap(values.mean(0)), sign)
+
+
+def over_seeds(gain: np.ndarray) -> list[str]:
+    """Paired differences [seeds, K] -> means with 95 % t intervals: what other training runs would give."""
+    n, mean = len(gain), gain.mean(0)
+    half = T_975[n - 1] * gain.std(0, ddof=1) / n ** 0.5 if n > 1 else np.full(mean.shape, np.inf)
+    return cells(mean, mean - half, mean + half, "+")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def compared(arms: dict[str, dict], split: str) -> list[str]:
+    """Two tables of arms that have counts, {arm: {seed: record}}: their Pass@K, and each against its baseline."""
+    rate, also = {arm: passes(found) for arm, found in arms.items()}, ("tokens per response", "entropy in nats")
+    titles = [f"Pass@{k}" for k in KS][:len(next(iter(rate[GRPO].values())).T)]
+    gain = {f"{arm} − {other}": gains(rate[arm], rate[other]) for arm, other in AGAINST.items() if {arm, other} <= set(rate)}
+    return [table([f"{split}, mean over seeds (how many), 95 % interval over problems", *titles, *also], [
+                  [f"{arm} ({len(found)})", *over_problems(np.stack(list(found.values()))),
+                   *(f"{np.mean([r[name] for r in arms[arm].values()]):.3f}" for name in also)] for arm, found in rate.items()]),
+            table(["difference, 95 % interval", *titles], [row for name, g in gain.items() for row in (
+                  [f"{name}, over problems", *over_problems(g, "+")], [f"the same, over seeds ({len(g)})", *over_seeds(g.mean(1))]
+                  )[:len(g)]])]
+
+
 def tables(results: Path) -> str:
-    """The results as Markdown tables, from the saved counts alone. The arms are compared over the seeds that both
-    have. ValueError where an arm has no counts, or the two have no seed in common."""
-    arms = {arm: read(results, arm) for arm in ("base", *ARMS)}
-    if missing := [arm for arm, found in arms.items() if not found]:
-        raise ValueError(f"there are no saved counts of {', '.join(missing)} in {results}")
-    passes = {arm: {seed: pass_table(r["solved"], r["samples"], KS) for seed, r in found.items()}
-              for arm, found in arms.items()}                   # arm -> seed -> [problems, K]
-    cells = lambda mean, low, high, sign="": " | ".join(f"{m:{sign}.3f} [{l:{sign}.3f}, {h:{sign}.3f}]"
-                                                        for m, l, h in zip(mean, low, high))
-    lines = ["| mean over seeds, 95 % interval over problems | " + " | ".join(f"Pass@{k}" for k in KS) + " |",
-             "|---" * (len(KS) + 1) + "|"]
-    for arm, found in passes.items():
-        values = np.stack(list(found.values()))                 # [seeds, problems, K]
-        lines.append(f"| {arm} ({len(values)} seed{'s' * (len(values) > 1)}) | "
-                     f"{cells(values.mean((0, 1)), *bootstrap(values.mean(0)))} |")
-    plain, shaped = (passes[arm] for arm in ARMS)
-    if not (both := sorted(set(plain) & set(shaped))):
-        raise ValueError(f"the arms in {results} have no seed in common")
-    n, gain = len(both), np.stack([shaped[seed] - plain[seed] for seed in both])
-    per_seed = gain.mean(1)                                     # [seeds, K]
-    half = T_975[n - 1] * per_seed.std(0, ddof=1) / n ** 0.5 if n > 1 else np.full(len(KS), np.inf)
-    mean = per_seed.mean(0)
-    lines += [f"| difference, interval over problems | {cells(mean, *bootstrap(gain.mean(0)), '+')} |",
-              f"| difference, interval over {n} seeds | {cells(mean, mean - half, mean + half, '+')} |", "",
-              "| per seed | " + " | ".join(f"Pass@{k}" for k in KS) + " |", "|---" * (len(KS) + 1) + "|"]
-    for arm in ARMS:
-        lines += [f"| {arm}, seed {seed} | " + " | ".join(f"{x:.3f}" for x in values.mean(0)) + " |"
-                  for seed, values in passes[arm].items()]
-    lines += ["", "| mean over seeds | " + " | ".join(arms) + " |", "|---" * (len(arms) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(f"{np.mean([r[name] for r in found.values()]):.3f}" for found in arms.values()) + " |"
-              for name in BEHAVIOUR]
-    return "\n".join(lines)
+    """The results as Markdown tables, from the saved counts alone; arms without counts are left out."""
+    arms = {arm: found for arm in ("base", *CORE, *OTHERS) if (found := read(results, arm))}
+    if "base" not in arms or not set(arms.get(GRPO, ())) & set(arms.get(LINE, ())):
+        raise ValueError(f"{results} needs saved counts of the base, and of {GRPO} and {LINE} with one seed in common at least")
+    blocks = compared(arms, "test") + [table(["test, one run", *(f"Pass@{k}" for k in KS)], [
+        [f"{arm}, seed {seed}", *(f"{x:.3f}" for x in values.mean(0))]
+        for arm, found in arms.items() if arm != "base" for seed, values in passes(found).items()])]
+
+    names = [name for name, value in arms["base"][0].items() if isinstance(value, float)]
+    figure = {arm: {seed: np.array([r[name] for name in names]) for seed, r in found.items()} for arm, found in arms.items()}
+    mean = lambda arm: [f"{x:.3f}" for x in np.mean(list(figure[arm].values()), 0)]
+    for columns in filter(None, (("base", *CORE), [arm for arm in OTHERS if arm in arms])):
+        last = [over_seeds(gains(figure[LINE], figure[GRPO]))] * ("base" in columns)
+        blocks.append(table(["test, mean over seeds", *columns, *("difference, interval over seeds" for _ in last)],
+                            [list(row) for row in zip(names, *map(mean, columns), *last)]))
+
+    sums = lambda side, ns: np.sum([r["line"][side].get(str(n), [0, 0, 0]) for r in arms[LINE].values() for n in ns], 0)
+    share = lambda count, psi, capped: [f"{count:,.0f}", f"{psi / max(1, count):.3f}", f"{capped / max(1, count):.3f}"]
+    sides = ("right", "wrong")
+    blocks.append(table(["right of 16", *(f"{side}: {x}" for side in sides for x in ("tokens", "ψ / abs(A)", "capped"))],
+                        [[f"{ns[0]} to {ns[-1]}", *(x for side in sides for x in share(*sums(side, ns)))]
+                         for ns in (range(1, 2), range(2, 4), range(4, 8), range(8, 12), range(12, 16))]))
+
+    rows = []
+    for arm in [arm for arm in arms if arm != "base"]:
+        curves = [r["curves"] for r in arms[arm].values()]
+        for first in range(0, len(curves[0]["reward"]), 20):
+            known = [[x for c in curves for x in c.get(name, [])[first:first + 20] if x is not None] for name in CURVES]
+            rows.append([f"{arm}, steps {first + 1} to {first + 20}", *(f"{np.mean(x):.3g}" if x else "–" for x in known)])
+    tried = {arm: found for arm in (*CORE, *MAP) if (found := read(results / "map", arm))}
+    return "\n\n".join([*blocks, table(["training, mean over seeds", *CURVES], rows), *(compared(tried, "validation") if tried else ())])
 
 
-def tuning(results: Path) -> str:
-    """What was tried before the settings were frozen, as a Markdown table, from the counts in tuning.json."""
-    rows = json.loads((results / "tuning.json").read_text())
-    lines = ["| learning rate | prompts × samples | minibatch | steps | threads | Pass@1 | Pass@64 | CPU seconds |",
-             "|---" * 8 + "|"]
-    for r in rows:
-        table = pass_table(r["solved"], r["samples"], (1, 64))
-        cells = [f"{m:.3f} [{l:.3f}, {h:.3f}]" for m, l, h in zip(table.mean(0), *bootstrap(table))]
-        lines.append(f"| {r['lr']:g} | {r['prompts']} × {r['samples_per_prompt']} | {r['minibatch']} | {r['steps']} | "
-                     f"{r['threads']} | {' | '.join(cells)} | {round(r['cpu_seconds']) if r['cpu_seconds'] else '–'} |")
-    return "\n".join(lines)
-
-
-def ppo(results: Path) -> str:
-    """Three seeds of PPO and what was tried before, as Markdown tables, from the curves in ppo.json."""
-    saved = json.loads((results / "ppo.json").read_text())
-    seeds = [f"seed {run['seed']}" for run in saved["runs"]]
-    columns = [f"{name}, {seed}" for name in ("reward", "explained variance") for seed in seeds]
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-    for first in range(0, len(saved["runs"][0]["reward"]), 10):
-        cells = [f"{np.mean(run[name][first:first + 10]):+.3f}" for name in ("reward", "explained_variance")
-                 for run in saved["runs"]]
-        lines.append(f"| steps {first + 1} to {first + 10} | {' | '.join(cells)} |")
-    lines += ["", f"| validation Pass@1 after step | {' | '.join(seeds)} |", "|---" * (1 + len(seeds)) + "|"]
-    for step, counts in saved["runs"][0]["validation"].items():
-        cells = []
-        for run in saved["runs"]:
-            table = pass_table(run["validation"][step]["solved"], run["validation"][step]["samples"], (1,))
-            low, high = bootstrap(table)[:, 0]
-            cells.append(f"{table.mean():.3f} [{low:.3f}, {high:.3f}]")
-        lines.append(f"| {step} ({counts['samples']} samples) | {' | '.join(cells)} |")
-    lines += ["", "| learning rate | critic's | explained variance, steps 41 to 50 | validation Pass@1 after step 50 |", "|---|---|---|---|"]
-    for run in saved["tuning"]:
-        table = pass_table(run["solved"], run["samples"], (1,))
-        low, high = bootstrap(table)[:, 0]
-        lines.append(f"| {run['lr']:g} | {run['critic_lr']:g} | {np.mean(run['explained_variance'][40:]):+.3f} | "
-                     f"{table.mean():.3f} [{low:.3f}, {high:.3f}] |")
-    return "\n".join(lines)
+def figures(results: Path, out: Path) -> list[Path]:
+    """curves.png and pass_at_k.png, as lab/plot.py draws them, and behaviour.png: bars of means, ticks of seeds."""
+    arms = {arm: list(found.values()) for arm in ("base", *CORE, *OTHERS) if (found := read(results, arm))}
+    runs = {f"{arm} ({len(found)})": [{"model": "base", "final": {"models": {"base": arms["base"][0], "trained": record}}, "curves": {
+        name: dict(enumerate(x, 1)) for name, x in record["curves"].items()}} for record in found] for arm, found in arms.items()
+        if arm != "base"}
+    written = draw(runs, out, "the test problems")
+    from matplotlib.figure import Figure                        # there, as `draw` has not complained
+    names, figure = [name for name, value in arms["base"][0].items() if isinstance(value, float)], Figure((15, 8), layout="constrained")
+    for axis, name in zip(figure.subplots(3, 4, sharey=True).flat, names):
+        axis.barh(list(arms), [np.mean([r[name] for r in found]) for found in arms.values()], color="0.8")
+        for place, found in enumerate(arms.values()):
+            axis.plot([r[name] for r in found], [place] * len(found), "|", color="0", markersize=10)
+        axis.set_title(name, fontsize="medium")
+    axis.invert_yaxis()
+    figure.savefig(out / "behaviour.png", dpi=100)
+    return [*written, out / "behaviour.png"]
 
 
 if __name__ == "__main__":
     settings = parse_flags(Settings, __doc__)
+    if settings.quick:
+        settings.seeds, settings.other_seeds, settings.runs, settings.results = 1, 1, "runs/quick", "runs/quick/results"
     try:
-        if settings.measure:
-            measure(settings.measure, Path(settings.to))
-        else:
-            if not settings.tables:
-                study(settings)
-            print(tables(Path(settings.results)), tuning(Path("lab/results")), ppo(Path("lab/results")), sep="\n\n")
+        if not settings.tables:
+            study(settings)
+        print(tables(Path(settings.results)))
+        print(*figures(Path(settings.results), Path("runs/quick" if settings.quick else "lab/figures")), sep="\n")
     except subprocess.CalledProcessError as error:
         sys.exit(f"lab.study: {' '.join(error.cmd[1:])} failed: {error.stderr.strip().splitlines()[-1:]}")
     except (ValueError, OSError) as error:
