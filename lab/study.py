@@ -58,7 +58,7 @@ CURVES = ("reward", "length", "entropy", "equal_groups", "shaping", "shaping_up"
 
 @dataclass
 class Settings:
-    seeds: int = flag(6, "training seeds of the core arms, from 0")
+    seeds: int = flag(5, "training seeds of the core arms, from 0")
     other_seeds: int = flag(3, "training seeds of the other arms")
     arms: str = flag("", "only these arms, as their files are called, separated by commas: grpo,ppo-entropy-advantage")
     map: bool = flag(False, "vary one setting at a time instead, seed 0, on the validation problems")
@@ -147,7 +147,7 @@ def work(arm: str, seed: int, flags: list[str] | None, target: str, s: Settings)
         run("train.py", "--resume", folder)
     elif flags is not None:
         run("train.py", "--out", s.runs, "--name", key(arm, seed), "--seed", str(seed), *flags, "--final-samples", "8",
-            *(["--steps", "3", "--eval-problems", "5"] if s.quick else []))             # what is reported is measured below
+            "--eval-problems", "20", *(["--steps", "3"] if s.quick else []))            # what is reported is measured below
     size = (5, 64) if s.map and s.quick else (5, 128) if s.quick else (200, 64) if s.map else (200, 256)
     run("-c", f"from lab.study import measure; measure{(folder, target, 'validation' if s.map else 'test', *size)}")
 
