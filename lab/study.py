@@ -52,7 +52,9 @@ AGAINST = {arm: arm.removesuffix(ENDING) if arm.endswith(ENDING) else GRPO for a
            if arm not in (PPO, *PAIRS)}
 GROUP, ALPHA, KAPPA = 16, 0.4, 2.0          # what `Watch` asks about, of any model
 KS = (1, 4, 16, 64, 128)
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+T_975 = (np.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+         2.120, 2.110, 2.101)                # Student's t at 97.5 %, by degrees of freedom
+MOST_SEEDS = 10
 CURVES = ("reward", "length", "entropy", "equal_groups", "shaping", "shaping_up", "shaping_down", "capped", "explained_variance")
 
 
@@ -143,7 +145,7 @@ def work(arm: str, seed: int, flags: list[str] | None, target: str, s: Settings)
     folder = f"{s.runs}/{key(arm, seed)}" if flags is not None else "base"
     run = lambda *command: subprocess.run([sys.executable, *command], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
                                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if Path(folder, "log.jsonl").exists():                      # begun, and perhaps finished
+    if flags is not None and Path(folder, "config.json").exists():      # begun, and perhaps finished
         run("train.py", "--resume", folder)
     elif flags is not None:
         run("train.py", "--out", s.runs, "--name", key(arm, seed), "--seed", str(seed), *flags, "--final-samples", "8",
@@ -154,8 +156,8 @@ def work(arm: str, seed: int, flags: list[str] | None, target: str, s: Settings)
 
 def study(s: Settings) -> None:
     check_numbers(s)
-    if max(s.seeds, s.other_seeds) > len(T_975) + 1:
-        raise ValueError(f"--seeds and --other-seeds must be at most {len(T_975) + 1}; they are {s.seeds} and {s.other_seeds}")
+    if max(s.seeds, s.other_seeds) > MOST_SEEDS:
+        raise ValueError(f"--seeds and --other-seeds must be at most {MOST_SEEDS}; they are {s.seeds} and {s.other_seeds}")
     with concurrent.futures.ThreadPoolExecutor(s.processes) as pool:
         futures = [pool.submit(work, *job, s) for job in jobs(s)]
         try:
@@ -168,7 +170,7 @@ def study(s: Settings) -> None:
 
 def read(results: Path, arm: str) -> dict[int, dict]:
     """The saved counts of an arm: seed -> record."""
-    files = {seed: results / f"{key(arm, seed)}.json.gz" for seed in range(len(T_975) + 1)}
+    files = {seed: results / f"{key(arm, seed)}.json.gz" for seed in range(MOST_SEEDS)}
     return {seed: json.loads(gzip.decompress(file.read_bytes())) for seed, file in files.items() if file.exists()}
 
 
@@ -199,6 +201,15 @@ def over_seeds(gain: np.ndarray) -> list[str]:
     return cells(mean, mean - half, mean + half, "+")
 
 
+def one_run(gain: np.ndarray, others: int, core: list[np.ndarray]) -> list[str]:
+    """The same where one run is compared with the mean of `others` runs, [1, K]: the variance of a run is taken from the
+    core arms, [seeds, K] each, as if it were the same in all."""
+    freedom = sum(len(values) - 1 for values in core)
+    variance = sum((len(values) - 1) * values.var(0, ddof=1) for values in core if len(values) > 1) / max(1, freedom)
+    half = T_975[freedom] * np.sqrt(variance * (1 + 1 / others)) if freedom else np.full(gain.shape[1], np.inf)
+    return cells(gain[0], gain[0] - half, gain[0] + half, "+")
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
@@ -207,13 +218,16 @@ def compared(arms: dict[str, dict], split: str) -> list[str]:
     """Two tables of arms that have counts, {arm: {seed: record}}: their Pass@K, and each against its baseline."""
     rate, also = {arm: passes(found) for arm, found in arms.items()}, ("tokens per response", "entropy in nats")
     titles = [f"Pass@{k}" for k in KS][:len(next(iter(rate[GRPO].values())).T)]
-    gain = {f"{arm} − {other}": gains(rate[arm], rate[other]) for arm, other in AGAINST.items() if {arm, other} <= set(rate)}
+    rows, core = [], [np.stack(list(rate[arm].values())).mean(1) for arm in CORE if arm in rate]
+    for arm, other in ((arm, other) for arm, other in AGAINST.items() if {arm, other} <= set(rate)):
+        gain = gains(rate[arm], rate[other])
+        name, seeds = (f"the same, over seeds ({len(gain)})", over_seeds(gain.mean(1))) if len(rate[arm]) > 1 else (
+            "the same, over seeds (by the spread of the core)", one_run(gain.mean(1), len(rate[other]), core))
+        rows += [[f"{arm} − {other}, over problems", *over_problems(gain, "+")], [name, *seeds]]
     return [table([f"{split}, mean over seeds (how many), 95 % interval over problems", *titles, *also], [
                   [f"{arm} ({len(found)})", *over_problems(np.stack(list(found.values()))),
                    *(f"{np.mean([r[name] for r in arms[arm].values()]):.3f}" for name in also)] for arm, found in rate.items()]),
-            table(["difference, 95 % interval", *titles], [row for name, g in gain.items() for row in (
-                  [f"{name}, over problems", *over_problems(g, "+")], [f"the same, over seeds ({len(g)})", *over_seeds(g.mean(1))]
-                  )[:len(g)]])]
+            table(["difference, 95 % interval", *titles], rows)]
 
 
 def tables(results: Path) -> str:

@@ -1,41 +1,133 @@
-"""lab/study.py: its tables and intervals from hand-made counts."""
+"""lab/study.py: its tables and intervals from hand-made counts, what it runs, and lab/RESULTS.md from the saved counts."""
 
 import gzip
 import json
+import math
 import re
 import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-
 import torch
 
 import lab.study
-from evaluate import parse_flags
-from lab.study import ARMS, BEHAVIOUR, Settings, key, measure, ppo, read, study, tables, tuning
+from evaluate import bootstrap, parse_flags, pass_table
+from lab.pretrain import Behaviour
+from lab.study import (AGAINST, CORE, CURVES, GRPO, LINE, MAP, OTHERS, PPO, T_975, Settings, Watch, compared, figures, key,
+                       measure, one_run, read, study, tables)
+from rollout import Episode
+from task import Problem
 from train import Settings as TrainSettings
 from train import check
 
+FIGURES = [*Behaviour().figures(), "repeated 4-grams, share"]
 
-def save(folder, arm, seed, solved):
-    record = {"solved": solved, "samples": 256, **{name: 1.0 for name in BEHAVIOUR}}
+
+def save(folder, arm, seed, solved, samples=256, **more):
+    line = {side: {"1": [10, 2.0, 1], "3": [30, 3.0, 3]} for side in ("right", "wrong")}
+    record = {"solved": solved, "samples": samples, "line": line, **dict.fromkeys(FIGURES, 1.0), **more}
+    if arm != "base":
+        record["curves"] = {name: [0.5] * 40 for name in CURVES}
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{key(arm, seed)}.json.gz").write_bytes(gzip.compress(json.dumps(record).encode()))
 
 
 def test_tables_by_hand(tmp_path):
-    plain, shaped = ARMS
     save(tmp_path, "base", 0, [0, 64])
     for seed, (a, b) in enumerate([(64, 64), (64, 128), (64, 192)]):       # Pass@1 of every problem: a / 256, b / 256
-        save(tmp_path, plain, seed, [a, a])
-        save(tmp_path, shaped, seed, [b, b])
-    lines = tables(tmp_path).splitlines()
-    assert lines[2].startswith("| base (1 seed) | 0.125 [0.000, 0.250] |")
-    assert lines[3].startswith("| GRPO (3 seeds) | 0.250 [0.250, 0.250] |")
-    assert lines[4].startswith("| GRPO + entropy advantage (3 seeds) | 0.500 [0.500, 0.500] |")
+        save(tmp_path, GRPO, seed, [a, a])
+        save(tmp_path, LINE, seed, [b, b], **{"tokens per response": 1.0 + seed})
+    text = tables(tmp_path)
+    assert "\n| base (1) | 0.125 [0.000, 0.250] | " in text
+    assert "\n| GRPO (3) | 0.250 [0.250, 0.250] | " in text
+    assert "\n| GRPO + entropy advantage (3) | 0.500 [0.500, 0.500] | " in text
+    assert "\n| GRPO + entropy advantage − GRPO, over problems | +0.250 [+0.250, +0.250] | " in text
     # Differences 0, 0.25 and 0.5: mean 0.25, standard deviation 0.25; t(2) = 4.303, so +- 4.303 * 0.25 / sqrt(3).
-    assert lines[6].startswith("| difference, interval over 3 seeds | +0.250 [-0.371, +0.871] |")
-    assert any(line.startswith("| GRPO + entropy advantage, seed 2 | 0.750 |") for line in lines)
+    assert "\n| the same, over seeds (3) | +0.250 [-0.371, +0.871] | " in text
+    assert "\n| GRPO + entropy advantage, seed 2 | 0.750 | " in text
+    # Differences 0, 1 and 2: mean 1, standard deviation 1.
+    assert "\n| tokens per response | 1.000 | 1.000 | 2.000 | +1.000 [-1.484, +3.484] |" in text
+    # Three seeds with 10 tokens each where one of 16 is right: psi / |A| is 2 / 10, one of them is capped.
+    assert "\n| 1 to 1 | 30 | 0.200 | 0.100 | 30 | 0.200 | 0.100 |\n| 2 to 3 | 90 | 0.100 | 0.100 | " in text
+    assert "\n| 12 to 15 | 0 | 0.000 | 0.000 | " in text
+    assert "\n| GRPO, steps 21 to 40 | 0.5 | " in text
+
+
+def test_one_run_against_a_mean_by_hand():
+    """Two arms of two and three seeds: variances 0.02 and 0.01, so pooled (0.02 + 2 * 0.01) / 3; t(3) = 3.182."""
+    core = [np.array([[0.0], [0.2]]), np.array([[0.4], [0.5], [0.6]])]
+    half = 3.182 * (0.04 / 3 * (1 + 1 / 2)) ** 0.5
+    assert one_run(np.array([[0.1]]), 2, core) == [f"+0.100 [{0.1 - half:+.3f}, {0.1 + half:+.3f}]"]
+    assert one_run(np.array([[0.1]]), 1, [core[0][:1], core[1][:1]]) == ["+0.100 [-inf, +inf]"]
+
+
+def test_a_run_of_the_map_is_compared_with_the_mean_of_the_core(tmp_path):
+    for seed, count in ((0, 100), (1, 108)):
+        save(tmp_path, GRPO, seed, [count], 256)
+    save(tmp_path, "alpha 1", 0, [112], 256)
+    text = "\n".join(compared({arm: read(tmp_path, arm) for arm in (GRPO, "alpha 1")}, "validation"))
+    half = 12.706 * ((8 / 256) ** 2 / 2 * 1.5) ** 0.5
+    assert "alpha 1 − GRPO, over problems | +0.031 [+0.031, +0.031]" in text        # (112 - 104) / 256
+    assert f"(by the spread of the core) | +0.031 [{8 / 256 - half:+.3f}, {8 / 256 + half:+.3f}]" in text
+
+
+def test_students_t_by_integration():
+    for freedom, t in enumerate(T_975[1:], 1):
+        x = np.linspace(0, t, 200_001)
+        density = (1 + x ** 2 / freedom) ** (-(freedom + 1) / 2)
+        scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+        assert np.trapezoid(density, x) * scale == pytest.approx(0.475, abs=3e-5)  # t has three decimals
+
+
+def test_seeds_are_paired_by_their_number(tmp_path):
+    save(tmp_path, "base", 0, [0])
+    for seed, a in ((0, 10), (2, 210)):
+        save(tmp_path, GRPO, seed, [a])
+    save(tmp_path, LINE, 1, [116])
+    with pytest.raises(ValueError, match="one seed in common"):
+        tables(tmp_path)
+    save(tmp_path, GRPO, 1, [110])
+    save(tmp_path, LINE, 2, [222])
+    text = tables(tmp_path)
+    assert "\n| GRPO + entropy advantage − GRPO, over problems | +0.035 " in text   # (6 + 12) / 2 / 256, not (106 + 112) / 2 / 256
+    assert "\n| the same, over seeds (2) | +0.035 " in text
+
+
+def test_what_the_line_does_to_each_side_by_hand():
+    """A group of 16 with one right answer of two tokens, fifteen wrong ones of one: A is 15/4 and -1/4 (std of the group
+    with n - 1: 0.5), alpha H is 0.4 H, the cap |A| / 2."""
+    class Task:
+        reward = staticmethod(lambda problem, response, finished: 1.0 if response == "yes" else -1.0)
+
+    def episode(*entropy):
+        return Episode(torch.zeros(1), torch.zeros(len(entropy)), torch.zeros(len(entropy)), torch.tensor(entropy), True, 0)
+    watch = Watch(Task)
+    watch.watch(Problem("1 2 -> 3 ?", "3"), "yes", episode(1.0, 9.0))
+    for i in range(15):
+        watch.watch(Problem("1 2 -> 3 ?", "3"), "a b a b a b", episode(0.1 if i else 0.5))
+    for _ in range(16):                                                     # all right: no advantage, no line
+        watch.watch(Problem("1 2 -> 3 ?", "3"), "yes", episode(1.0))
+    assert list(watch.line["right"]) == list(watch.line["wrong"]) == [1]
+    assert watch.line["right"][1] == [2, pytest.approx(0.4 / 3.75 + 0.5, abs=1e-4), 1]
+    assert watch.line["wrong"][1] == [15, pytest.approx(14 * 0.04 / 0.25 + 0.5, abs=1e-4), 1]
+    # "a b a b a b" has three runs of four words, of which the third repeats the first.
+    assert watch.figures()["repeated 4-grams, share"] == pytest.approx(15 / 45)
+
+
+def test_measure_counts_what_the_model_does(tmp_path, monkeypatch):
+    threads, texts = torch.get_num_threads(), []
+    for _ in range(2):
+        measure("base", f"{tmp_path}/base-0.json.gz", "validation", 3, 16)
+        torch.set_num_threads(threads)
+        texts.append((tmp_path / "base-0.json.gz").read_bytes())
+    record = read(tmp_path, "base")[0]
+    assert texts[0] == texts[1] and len(record["solved"]) == 3 and record["samples"] == 16 and set(FIGURES) <= set(record)
+    assert 1 < record["attempts per response"] < 9 and record["tokens per response"] > 14
+    mixed = {str(count) for count in record["solved"] if 0 < count < 16}
+    assert set(record["line"]["right"]) == set(record["line"]["wrong"]) == mixed
+    assert [p.name for p in tmp_path.iterdir()] == ["base-0.json.gz"]
 
 
 def test_a_failed_run_stops_the_study(tmp_path, monkeypatch):
@@ -49,121 +141,79 @@ def test_a_failed_run_stops_the_study(tmp_path, monkeypatch):
     monkeypatch.setattr(lab.study.subprocess, "run", fail)
     with pytest.raises(lab.study.subprocess.CalledProcessError):
         study(Settings(seeds=10, runs=str(tmp_path / "runs"), results=str(tmp_path / "results"), processes=1))
-    assert len(started) <= 6                                                # of 21
+    assert len(started) <= 6                                                # of 33
 
 
-def test_missing_counts_and_seeds_are_named(tmp_path):
+def test_what_cannot_be_is_named(tmp_path):
     save(tmp_path, "base", 0, [1])
-    with pytest.raises(ValueError, match="no saved counts of GRPO, GRPO . entropy advantage"):
+    with pytest.raises(ValueError, match="needs saved counts of the base, and of GRPO and GRPO . entropy advantage"):
         tables(tmp_path)
-    with pytest.raises(ValueError, match="--seeds must be 1 to 10"):
+    with pytest.raises(ValueError, match="must be at most 10; they are 11 and 3"):
         study(Settings(seeds=11))
+    with pytest.raises(ValueError, match="no arm is called grpoo; there are base, grpo, "):
+        study(Settings(arms="grpo,grpoo"))
 
 
-def test_measure_counts_what_the_model_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(lab.study, "PROBLEMS", 3)
-    monkeypatch.setattr(lab.study, "SAMPLES", 4)
-    threads = torch.get_num_threads()
-    for _ in range(2):
-        measure("base", tmp_path / "base-0.json.gz")
-        torch.set_num_threads(threads)
-        record = read(tmp_path, "base")[0]
-        assert len(record["solved"]) == 3 and record["samples"] == 4 and set(BEHAVIOUR) <= set(record)
-        assert 1 < record["attempts per response"] < 9 and record["tokens per response"] > 14
-    assert [p.name for p in tmp_path.iterdir()] == ["base-0.json.gz"]
-
-
-def test_a_study_does_what_is_left_and_trains_every_arm_by_its_flags(tmp_path, monkeypatch):
+def recorded(monkeypatch, s):
     commands = []
     monkeypatch.setattr(lab.study.subprocess, "run", lambda command, **options: commands.append((command[1:], options)))
-    s = Settings(seeds=2, runs=str(tmp_path / "runs"), results=str(tmp_path / "results"), processes=1)
-    save_to = tmp_path / "results"
-    save_to.mkdir()
-    save(save_to, "GRPO", 0, [1])                                           # measured already
+    study(s)
+    assert all(options["env"]["OMP_NUM_THREADS"] == "1" and options["check"] for _, options in commands)
+    return [" ".join(command) for command, _ in commands]
+
+
+def test_a_study_does_what_is_left_core_first_and_goes_on_with_what_was_begun(tmp_path, monkeypatch):
+    save(tmp_path / "results", GRPO, 0, [1])                                # measured already
     done = tmp_path / "runs" / "grpo-1"
     done.mkdir(parents=True)
     (done / "config.json").write_text("{}")                                 # begun already
-    study(s)
-    assert all(options["env"]["OMP_NUM_THREADS"] == "1" and options["check"] for _, options in commands)
-    lines = [" ".join(command) for command, _ in commands]
+    lines = recorded(monkeypatch, Settings(seeds=2, other_seeds=1, runs=str(tmp_path / "runs"), processes=1,
+                                           results=str(tmp_path / "results")))
     assert [line for line in lines if "--resume" in line] == [f"train.py --resume {done}"]
-    trained = [line for line in lines if "--name" in line]
-    assert [line.split("--name ")[1] for line in trained] == ["grpo-entropy-advantage-0 --seed 0", "grpo-entropy-advantage-1 --seed 1"]
-    measured = [line.split("--to ")[1].removeprefix(str(save_to) + "/") for line in lines if "--measure" in line]
-    assert measured == ["base-0.json.gz", "grpo-entropy-advantage-0.json.gz", "grpo-1.json.gz", "grpo-entropy-advantage-1.json.gz"]
-    for command in trained:
-        check(parse_flags(TrainSettings, "train", command.split()[1:]))
-    assert ARMS["GRPO"] == ["--alpha", "0"] and parse_flags(TrainSettings, "train", ARMS["GRPO"]).alpha == 0
+    trained = [line.split("--name ")[1].split(" --final")[0] for line in lines if "--name" in line]
+    assert trained == ["grpo-entropy-advantage-0 --seed 0", "grpo-entropy-advantage-1 --seed 1", "ppo-0 --seed 0 --algo ppo --alpha 0",
+                       "ppo-entropy-advantage-0 --seed 0 --algo ppo",
+                       "grpo-entropy-regularisation-0 --seed 0 --alpha 0 --entropy-coef 0.003",
+                       "grpo-without-clip-higher-0 --seed 0 --alpha 0 --clip-high 0.2"]
+    measured = [re.search(r"results/(\S+?)\.json\.gz', 'test', 200, 256", line)[1] for line in lines if line.startswith("-c")]
+    assert measured == ["base-0", "grpo-entropy-advantage-0", "grpo-1", "grpo-entropy-advantage-1", "ppo-0",
+                        "ppo-entropy-advantage-0", "grpo-entropy-regularisation-0", "grpo-without-clip-higher-0"]
+
+
+def test_the_map_stays_on_validation(tmp_path, monkeypatch):
+    lines = recorded(monkeypatch, Settings(map=True, seeds=1, runs=str(tmp_path), results=str(tmp_path), processes=1))
+    measured = [line for line in lines if line.startswith("-c")]
+    assert len(measured) == 2 + len(MAP) and all("'validation', 200, 64" in line and "/map/" in line for line in measured)
+
+
+@pytest.mark.parametrize("arm, flags", [*CORE.items(), *OTHERS.items(), *MAP.items()])
+def test_every_arm_is_what_its_name_says(arm, flags):
+    s = parse_flags(TrainSettings, "train", flags)
+    check(s)
+    line = "entropy advantage" in arm or "kappa" in arm or "alpha" in arm
+    assert (s.alpha > 0) == line and s.algo == ("ppo" if arm.startswith("PPO") else "grpo")
+    if match := re.fullmatch(r"(alpha|kappa) (\S+)", arm):
+        assert getattr(s, match[1]) == float(match[2])
+    if arm in AGAINST:                                                      # the two differ in what the name says, no more
+        other = parse_flags(TrainSettings, "train", ({**CORE, **OTHERS, **MAP})[AGAINST[arm]])
+        differ = {name for name in vars(s) if getattr(s, name) != getattr(other, name)}
+        assert differ == {"alpha"} if " + entropy advantage" in arm else (
+            differ == {"beta": {"entropy_coef"}, "alpha": {"alpha"}, "kappa": {"alpha", "kappa"}}.get(arm.split()[0], differ)
+            and len(differ) == 1 + ("kappa" in arm))
 
 
 def test_arms_have_file_names_that_do_not_collide():
-    assert len({key(arm, 1) for arm in ("base", *ARMS)}) == 1 + len(ARMS)
-    assert key("GRPO", 0) == "grpo-0" and key("GRPO + entropy advantage", 2) == "grpo-entropy-advantage-2"
+    assert len({key(arm, 1) for arm in ("base", *CORE, *OTHERS, *MAP)}) == 1 + len(CORE) + len(OTHERS) + len(MAP)
+    assert key(GRPO, 0) == "grpo-0" and key("lr 1e-4, minibatch 2 + entropy advantage", 2) == "lr-1e-4-minibatch-2-entropy-advantage-2"
 
 
-@pytest.mark.parametrize("arm", list(ARMS))
-def test_read_does_not_mix_arms(tmp_path, arm):
-    for other in ARMS:
-        save(tmp_path, other, 0, [1])
-    save(tmp_path, arm, 1, [2])
-    assert {seed: r["solved"] for seed, r in read(tmp_path, arm).items()} == {0: [1], 1: [2]}
-
-
-def test_seeds_are_paired_by_their_number(tmp_path):
-    plain, shaped = ARMS
-    save(tmp_path, "base", 0, [0])
-    for seed, a in ((0, 10), (1, 110), (2, 210)):
-        save(tmp_path, plain, seed, [a])
-    save(tmp_path, shaped, 1, [116])
-    with pytest.raises(ValueError, match="no seed in common"):
-        (tmp_path / "grpo-1.json.gz").rename(tmp_path / "aside")
-        tables(tmp_path)
-    (tmp_path / "aside").rename(tmp_path / "grpo-1.json.gz")
-    save(tmp_path, shaped, 2, [222])
-    [line] = [line for line in tables(tmp_path).splitlines() if "over 2 seeds" in line]
-    assert line.split(" | ")[1].startswith("+0.035 ")                       # (6 + 12) / 2 / 256, not (106 + 112) / 2 / 256
-
-
-RESULTS = Path("lab/results")
-
-
-def test_the_published_tables_come_from_the_saved_counts():
-    published, readme = Path("lab/RESULTS.md").read_text(), Path("README.md").read_text()
-    found = tables(RESULTS)
-    for line in [*found.splitlines(), *tuning(RESULTS).splitlines(), *ppo(RESULTS).splitlines()]:
-        assert line in published, line
-    core, _, behaviour = found.split("\n\n")
-    for line in [*core.splitlines(), *behaviour.splitlines()]:
-        assert line in readme, line
-
-
-def test_what_is_said_of_ppo_holds_for_every_seed():
-    runs = json.loads((RESULTS / "ppo.json").read_text())["runs"]
-    assert [run["seed"] for run in runs] == [0, 1, 2]
-    for run in runs:
-        mean = lambda name, first: statistics.mean(run[name][first:first + 10])
-        assert len(run["reward"]) == 100 and mean("explained_variance", 0) < 0.03 < mean("explained_variance", 90)
-        assert mean("reward", 90) > mean("reward", 0) + 0.15
-        first, last = ([count / run["validation"][step]["samples"] for count in run["validation"][step]["solved"]]
-                       for step in ("0", "100"))
-        assert statistics.mean(last) > 2 * statistics.mean(first)
-
-
-def test_the_saved_counts_are_whole():
-    for arm, seeds in (("base", [0]), *((arm, [0, 1, 2]) for arm in ARMS)):
-        saved = read(RESULTS, arm)
-        assert list(saved) == seeds
-        for record in saved.values():
-            assert len(record["solved"]) == 200 and record["samples"] == 256
-            assert all(0 <= count <= 256 for count in record["solved"]) and set(BEHAVIOUR) <= set(record)
-    assert all(len(row["solved"]) == 200 and row["samples"] == 64 for row in json.loads((RESULTS / "tuning.json").read_text()))
-
-
-def test_intervals_of_the_saved_counts_by_another_way():
-    """The bootstrap over problems against the normal approximation, Pass@1 of the base."""
-    [record] = read(RESULTS, "base").values()
-    rates = [count / 256 for count in record["solved"]]
-    mean, half = statistics.mean(rates), 1.96 * statistics.stdev(rates) / len(rates) ** 0.5
-    line = next(line for line in tables(RESULTS).splitlines() if line.startswith("| base"))
-    printed = [float(x) for x in re.findall(r"[0-9.]+(?=[ ,\]])", line.split("|")[2])]
-    assert printed == pytest.approx([mean, mean - half, mean + half], abs=0.002)
+def test_pictures_are_drawn(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    for arm in ("base", GRPO, LINE, PPO):
+        for seed in range(1 if arm == "base" else 2):
+            save(tmp_path, arm, seed, [10, 20], **{"tokens per response": 1.0 + seed})
+    written = figures(tmp_path, tmp_path / "out")
+    assert [file.name for file in written] == ["curves.png", "pass_at_k.png", "behaviour.png"]
+    for file in written:
+        image = matplotlib.image.imread(file)
+        assert min(image.shape[:2]) > 500 and 0.001 < (image[..., :3].mean(-1) < 0.9).mean() < 0.5
