@@ -39,11 +39,6 @@ from rollout import Episode, Sampler, collate, micro_batches, per_token, seeded_
 from task import load_task
 
 COMMANDS = ("decode", "refill", "update", "step", "memory", "growth")
-# "tiny" is the embedded model; of the others only the shape counts, the weights are random.
-SHAPES = {name: dict(model_type="qwen2", rms_norm_eps=1e-6, rope_theta=1e6, num_hidden_layers=28, vocab_size=words, hidden_size=width,
-                     intermediate_size=inner, num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=tied)
-          for name, words, width, inner, heads, kv, tied in (("1.5b", 151936, 1536, 8960, 12, 2, True),
-                                                             ("7b", 152064, 3584, 18944, 28, 4, False))}
 SAMPLES, MINIBATCH, LIMIT = 16, 4, 128          # answers per problem, problems per optimizer step, longest response
 SHAPE = (128, 32)                               # growth: the smallest shape, sequences and tokens
 SIDES = ("ours", "trl-16-at-a-time", "trl-64-at-a-time")       # memory
@@ -53,7 +48,6 @@ Turns = dict[str, list[tuple[float, int]]]      # side -> seconds and tokens of 
 @dataclasses.dataclass
 class Settings:
     commands: tuple = flag((), "what to measure: " + ", ".join(COMMANDS), nargs="+", type=str, choices=COMMANDS)
-    shape: str = flag("tiny", "decode: the embedded model, or random weights of a larger shape", choices=("tiny", *SHAPES))
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
     turns: int = flag(7, "timed turns")
     slots: int = flag(512, "decode, refill: sequences at a time")
@@ -61,7 +55,6 @@ class Settings:
     prompts: int = flag(32, f"update, step, memory: problems of a rollout, {SAMPLES} answers each")
     equal: float = flag(0.23, "step, memory: share of groups whose answers are all wrong; 0.23 is the default run's")
     json: str = flag("", "also write the figures, with every turn, to this file")
-    alone: str = flag("", "used by memory itself: run this side alone and print its peak", choices=("", *SIDES))
 
 
 def alternate(sides: dict[str, Callable[[], int]], turns: int) -> Turns:
@@ -125,7 +118,7 @@ def tokens_of(episodes: Sequence[Episode]) -> int:
 
 
 def decode(s: Settings, device: torch.device) -> Turns:
-    model, sides = load("base", device)[0] if s.shape == "tiny" else Transformer(SHAPES[s.shape]).to(device), {}
+    model, sides = load("base", device)[0], {}
     prompts = torch.randint(1, len(model.head), (s.slots, 16), generator=seeded_generator(0, 0, "bench")).tolist()
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         sampler, peer = Sampler(model, s.slots, 16 + s.new_tokens, (-1,), dtype), peer_model(model, dtype)
@@ -260,14 +253,13 @@ def trl_steps(s: Settings, device: torch.device, equal: float, between: Callable
 
 def memory(s: Settings) -> dict[str, list[float]]:
     """GB before the first step and at the peak, of the sides in processes of their own."""
-    command = [sys.executable, "-m", "lab.bench", "memory", f"--turns={s.turns}", f"--prompts={s.prompts}",
-               f"--equal={s.equal}", f"--device={s.device}"]
-    printed = lambda side: subprocess.check_output([*command, "--alone", side], text=True)
+    code = f"from lab.bench import *; alone(Settings(**{vars(s)}), torch.device('{pick_device(s.device)}'), "
+    printed = lambda side: subprocess.check_output([sys.executable, "-c", f"{code}'{side}')"], text=True)
     return {side: [float(gb) for gb in printed(side).split()[-2:]] for side in SIDES}
 
 
-def alone(s: Settings, device: torch.device) -> tuple[float, float]:
-    if s.alone == SIDES[0]:
+def alone(s: Settings, device: torch.device, side: str) -> None:
+    if side == SIDES[0]:
         step = our_step(s, device, s.equal)
         before = train.peak_memory(device)
         alternate({"ours": step}, s.turns)
@@ -275,8 +267,8 @@ def alone(s: Settings, device: torch.device) -> tuple[float, float]:
         from trl import GRPOTrainer             # noqa: F401, with all that it imports
         peer_model(load("base", device)[0])
         before = train.peak_memory(device)
-        trl_steps(s, device, s.equal, at_once=MINIBATCH * SAMPLES if s.alone == SIDES[2] else SAMPLES)
-    return before, train.peak_memory(device)
+        trl_steps(s, device, s.equal, at_once=MINIBATCH * SAMPLES if side == SIDES[2] else SAMPLES)
+    print(before, train.peak_memory(device))
 
 
 def growth(s: Settings, device: torch.device) -> dict[str, Turns]:
@@ -299,22 +291,15 @@ def bench(s: Settings) -> dict:
     if s.slots % SAMPLES or s.prompts % MINIBATCH or s.equal > 1:
         raise ValueError(f"--slots must be a multiple of {SAMPLES}, --prompts of {MINIBATCH}, --equal a share from 0 to 1")
     device = pick_device(s.device)
-    if s.alone:
-        print(*alone(s, device))
-        return {}
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     processor = cpuinfo.partition("model name\t: ")[2].partition("\n")[0] or platform.processor() or platform.machine()
     record = {"machine": f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}",
               "settings": dataclasses.asdict(s)}
-    print(record["machine"], f"median [quartiles] of {s.turns} turns", sep="; ")
-    answers, updates = f"{s.prompts} x {SAMPLES} answers", f"{s.prompts // MINIBATCH} updates"
-    titles = {"decode": f"{s.slots} sequences of {s.new_tokens} tokens, {s.shape} shape",
-              "refill": f"{4 * s.slots} sequences of natural length, at most {LIMIT} tokens, {s.slots} at a time",
-              "update": f"{answers} of natural length, {updates}"}
+    print(record["machine"], f"{vars(s)}", f"median [quartiles] of {s.turns} turns", sep="; ")
     for command in s.commands:
         if command == "memory":
             record["memory"] = memory(s)
-            print(f"\nmemory: peak of a GRPO step's process, {answers}: " + ", ".join(
+            print("\nmemory: peak of a GRPO step's process: " + ", ".join(
                 f"{side} {peak:.2f} GB ({before:.2f} before)" for side, (before, peak) in record["memory"].items()))
         elif command == "growth":
             record["growth"] = growth(s, device)
@@ -323,10 +308,10 @@ def bench(s: Settings) -> dict:
         elif command == "step":
             for equal in dict.fromkeys((s.equal, 0.0)):
                 taken = record[f"step, {equal:.0%} equal"] = trl_steps(s, device, equal, our_step(s, device, equal))
-                print(f"\nstep: {answers}, {updates}, {equal:.0%} of the groups equal\n\n{table(taken)}")
+                print(f"\nstep, {equal:.0%} of the groups equal\n\n{table(taken)}")
         else:
             record[command] = {"decode": decode, "refill": refill, "update": update}[command](s, device)
-            print(f"\n{command}: {titles[command]}\n\n{table(record[command])}")
+            print(f"\n{command}\n\n{table(record[command])}")
     if s.json:
         Path(s.json).write_text(json.dumps(record) + "\n")
     return record

@@ -9,9 +9,9 @@ Run it when the settings are frozen, not before. Fixed beforehand: the primary o
 entropy advantage minus those of GRPO, with the t interval over seeds. Everything else is secondary.
 
 Each finished run leaves ARM-SEED.json.gz in lab/results/: right answers per problem, what the responses did, the training
-curves and a digest of the weights. A run that has left its file is not done again, so an interrupted study goes on where it
-was, also on another day; one whose training was stopped goes on from its last save. Two single-threaded processes work side
-by side, the core (GRPO without the line and with it) first. Seeds vary data order and sampling; the base model is the same.
+curves, a digest of the weights. A run that has left its file is not done again, and one whose training was stopped goes on
+from its last save, so an interrupted study goes on where it was, today or another day. Two single-threaded processes work
+side by side, the core (GRPO without the line and with it) first. Seeds vary data order and sampling, the base is the same.
 """
 
 import concurrent.futures
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import train
 from advantage import group_advantage, shape_with_entropy
-from checkpoint import read_json
+from checkpoint import read_json, whole
 from evaluate import bootstrap, check_numbers, count_solved, flag, parse_flags, pass_table
 from lab.plot import draw
 from lab.pretrain import Behaviour
@@ -54,14 +54,14 @@ GROUP, ALPHA, KAPPA = 16, 0.4, 2.0          # what `Watch` asks about, of any mo
 KS = (1, 4, 16, 64, 128)
 T_975 = (np.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
          2.120, 2.110, 2.101)                # Student's t at 97.5 %, by degrees of freedom
-MOST_SEEDS = 10
+SEEDS = range(10)
 CURVES = ("reward", "length", "entropy", "equal_groups", "shaping", "shaping_up", "shaping_down", "capped", "explained_variance")
 
 
 @dataclass
 class Settings:
-    seeds: int = flag(5, "training seeds of the core arms, from 0")
-    other_seeds: int = flag(3, "training seeds of the other arms")
+    seeds: int = flag(5, "training seeds of the core arms, from 0", choices=range(1, 1 + len(SEEDS)))
+    other_seeds: int = flag(3, "training seeds of the other arms", choices=range(1, 1 + len(SEEDS)))
     arms: str = flag("", "only these arms, as their files are called, separated by commas: grpo,ppo-entropy-advantage")
     map: bool = flag(False, "vary one setting at a time instead, seed 0, on the validation problems")
     quick: bool = flag(False, "a miniature: one seed, 3 steps, 5 problems, in runs/quick")
@@ -119,20 +119,15 @@ def measure(folder: str, target: str, split: str, problems: int, samples: int) -
         short = lambda x: None if x is None else float(f"{x:.4g}")
         record |= {"run": train.run_name(s), "weights": hashlib.sha256((run / "model/model.safetensors").read_bytes()).hexdigest(),
                    "curves": {name: [short(line[name]) for line in log] for name in CURVES if name in log[0]}}
-    fresh = Path(target).with_suffix(".tmp")
-    fresh.parent.mkdir(parents=True, exist_ok=True)
-    with gzip.GzipFile(fresh, "wb", mtime=0) as file:           # no time stamp: same counts, same bytes
-        file.write(json.dumps(record).encode())
-    fresh.rename(target)
+    with whole(Path(target)) as fresh:
+        fresh.write_bytes(gzip.compress(json.dumps(record).encode(), mtime=0))      # no time stamp: same counts, same bytes
 
 
 def jobs(s: Settings) -> list[tuple[str, int, list[str] | None, str]]:
     """What is left to do, in this order: arm, seed, train.py's flags (None: it is the base), where the counts go."""
-    found = [(arm, seed, flags) for seed in range(s.seeds) for arm, flags in CORE.items()]
-    if s.map:
-        found += [(arm, 0, flags) for arm, flags in MAP.items()]
-    else:
-        found = [("base", 0, None), *found, *((arm, n, flags) for n in range(s.other_seeds) for arm, flags in OTHERS.items())]
+    core = [(arm, seed, flags) for seed in range(s.seeds) for arm, flags in CORE.items()]
+    found = [*core, *((arm, 0, flags) for arm, flags in MAP.items())] if s.map else [
+        ("base", 0, None), *core, *((arm, seed, flags) for seed in range(s.other_seeds) for arm, flags in OTHERS.items())]
     known, wanted = {key(arm) for arm, *_ in found}, set(filter(None, s.arms.split(",")))
     if wanted - known:
         raise ValueError(f"no arm is called {', '.join(sorted(wanted - known))}; there are {', '.join(sorted(known))}")
@@ -156,8 +151,6 @@ def work(arm: str, seed: int, flags: list[str] | None, target: str, s: Settings)
 
 def study(s: Settings) -> None:
     check_numbers(s)
-    if max(s.seeds, s.other_seeds) > MOST_SEEDS:
-        raise ValueError(f"--seeds and --other-seeds must be at most {MOST_SEEDS}; they are {s.seeds} and {s.other_seeds}")
     with concurrent.futures.ThreadPoolExecutor(s.processes) as pool:
         futures = [pool.submit(work, *job, s) for job in jobs(s)]
         try:
@@ -170,7 +163,7 @@ def study(s: Settings) -> None:
 
 def read(results: Path, arm: str) -> dict[int, dict]:
     """The saved counts of an arm: seed -> record."""
-    files = {seed: results / f"{key(arm, seed)}.json.gz" for seed in range(MOST_SEEDS)}
+    files = {seed: results / f"{key(arm, seed)}.json.gz" for seed in SEEDS}
     return {seed: json.loads(gzip.decompress(file.read_bytes())) for seed, file in files.items() if file.exists()}
 
 
@@ -194,20 +187,15 @@ def over_problems(values: np.ndarray, sign: str = "") -> list[str]:
     return cells(values.mean((0, 1)), *bootstrap(values.mean(0)), sign)
 
 
-def over_seeds(gain: np.ndarray) -> list[str]:
-    """Paired differences [seeds, K] -> means with 95 % t intervals: what other training runs would give."""
-    n, mean = len(gain), gain.mean(0)
-    half = T_975[n - 1] * gain.std(0, ddof=1) / n ** 0.5 if n > 1 else np.full(mean.shape, np.inf)
+def student(mean: np.ndarray, variance: np.ndarray, freedom: int) -> list[str]:
+    """95 % t intervals, from the variance of the mean. Without a degree of freedom they have no end."""
+    half = T_975[freedom] * np.sqrt(np.maximum(variance, 1e-30))
     return cells(mean, mean - half, mean + half, "+")
 
 
-def one_run(gain: np.ndarray, others: int, core: list[np.ndarray]) -> list[str]:
-    """The same where one run is compared with the mean of `others` runs, [1, K]: the variance of a run is taken from the
-    core arms, [seeds, K] each, as if it were the same in all."""
-    freedom = sum(len(values) - 1 for values in core)
-    variance = sum((len(values) - 1) * values.var(0, ddof=1) for values in core if len(values) > 1) / max(1, freedom)
-    half = T_975[freedom] * np.sqrt(variance * (1 + 1 / others)) if freedom else np.full(gain.shape[1], np.inf)
-    return cells(gain[0], gain[0] - half, gain[0] + half, "+")
+def over_seeds(gain: np.ndarray) -> list[str]:
+    """Paired differences [seeds, K] -> means with 95 % t intervals: what other training runs would give."""
+    return student(gain.mean(0), ((gain - gain.mean(0)) ** 2).sum(0) / max(1, len(gain) - 1) / len(gain), len(gain) - 1)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -215,15 +203,18 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def compared(arms: dict[str, dict], split: str) -> list[str]:
-    """Two tables of arms that have counts, {arm: {seed: record}}: their Pass@K, and each against its baseline."""
-    rate, also = {arm: passes(found) for arm, found in arms.items()}, ("tokens per response", "entropy in nats")
+    """Two tables of arms that have counts, {arm: {seed: record}}: their Pass@K, and each against its baseline. Where an arm
+    has one run only, the variance of a run is taken from the core arms, as if it were the same in all."""
+    rate, also, rows = {arm: passes(found) for arm, found in arms.items()}, ("tokens per response", "entropy in nats"), []
     titles = [f"Pass@{k}" for k in KS][:len(next(iter(rate[GRPO].values())).T)]
-    rows, core = [], [np.stack(list(rate[arm].values())).mean(1) for arm in CORE if arm in rate]
+    core = [np.stack(list(rate[arm].values())).mean(1) for arm in CORE if arm in rate]              # [seeds, K] each
+    freedom = sum(map(len, core)) - len(core)
+    variance = sum(((runs - runs.mean(0)) ** 2).sum(0) for runs in core) / max(1, freedom)          # [K]
     for arm, other in ((arm, other) for arm, other in AGAINST.items() if {arm, other} <= set(rate)):
-        gain = gains(rate[arm], rate[other])
-        name, seeds = (f"the same, over seeds ({len(gain)})", over_seeds(gain.mean(1))) if len(rate[arm]) > 1 else (
-            "the same, over seeds (by the spread of the core)", one_run(gain.mean(1), len(rate[other]), core))
-        rows += [[f"{arm} − {other}, over problems", *over_problems(gain, "+")], [name, *seeds]]
+        gain = gains(rate[arm], rate[other])                                                        # [seeds, problems, K]
+        name, seeds = (f"seeds ({len(gain)})", over_seeds(gain.mean(1))) if len(rate[arm]) > 1 else (
+            "seeds (spread of the core)", student(gain[0].mean(0), variance * (1 + 1 / len(rate[other])), freedom))
+        rows += [[f"{arm} − {other}, over problems", *over_problems(gain, "+")], [f"the same, over {name}", *seeds]]
     return [table([f"{split}, mean over seeds (how many), 95 % interval over problems", *titles, *also], [
                   [f"{arm} ({len(found)})", *over_problems(np.stack(list(found.values()))),
                    *(f"{np.mean([r[name] for r in arms[arm].values()]):.3f}" for name in also)] for arm, found in rate.items()]),
@@ -241,11 +232,9 @@ def tables(results: Path) -> str:
 
     names = [name for name, value in arms["base"][0].items() if isinstance(value, float)]
     figure = {arm: {seed: np.array([r[name] for name in names]) for seed, r in found.items()} for arm, found in arms.items()}
-    mean = lambda arm: [f"{x:.3f}" for x in np.mean(list(figure[arm].values()), 0)]
-    for columns in filter(None, (("base", *CORE), [arm for arm in OTHERS if arm in arms])):
-        last = [over_seeds(gains(figure[LINE], figure[GRPO]))] * ("base" in columns)
-        blocks.append(table(["test, mean over seeds", *columns, *("difference, interval over seeds" for _ in last)],
-                            [list(row) for row in zip(names, *map(mean, columns), *last)]))
+    mean = [[f"{x:.3f}" for x in np.mean(list(found.values()), 0)] for found in figure.values()]    # base, core, others
+    blocks.append(table(["test, mean over seeds", "base", *CORE, "difference, interval over seeds", *list(arms)[3:]], [
+        list(row) for row in zip(names, *mean[:3], over_seeds(gains(figure[LINE], figure[GRPO])), *mean[3:])]))
 
     sums = lambda side, ns: np.sum([r["line"][side].get(str(n), [0, 0, 0]) for r in arms[LINE].values() for n in ns], 0)
     share = lambda count, psi, capped: [f"{count:,.0f}", f"{psi / max(1, count):.3f}", f"{capped / max(1, count):.3f}"]

@@ -1,8 +1,6 @@
 """lab/bench.py: both sides do the same work, and its figures are what the clock said."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -89,11 +87,11 @@ def test_a_step_beside_trl(capsys):
         assert 64 * 20 < ours < 64 * 90 and 64 * 20 < theirs < 64 * 90          # both answer the task's problems
 
 
-def test_memory_of_a_process_of_its_own():
+def test_memory_of_a_process_of_its_own(monkeypatch):
     """Not the parent's peak, which getrusage would tell."""
     ballast = torch.ones(400_000_000)                                               # 1.6 GB
-    command = [sys.executable, "-m", "lab.bench", "memory", "--alone", "ours", "--turns", "1", "--prompts", "4"]
-    before, peak = map(float, subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split())
+    monkeypatch.setattr(bench, "SIDES", ("ours",))
+    [(before, peak)] = bench.memory(Settings(commands=("memory",), device="cpu", **TINY)).values()
     assert 0.1 < before < peak < 1.2 < train.peak_memory(torch.device("cpu")) and len(ballast)
 
 

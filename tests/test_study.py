@@ -16,7 +16,7 @@ import lab.study
 from evaluate import bootstrap, parse_flags, pass_table
 from lab.pretrain import Behaviour
 from lab.study import (AGAINST, CORE, CURVES, GRPO, LINE, MAP, OTHERS, PPO, T_975, Settings, Watch, compared, figures, key,
-                       measure, one_run, read, study, tables)
+                       measure, read, study, tables)
 from rollout import Episode
 from task import Problem
 from train import Settings as TrainSettings
@@ -55,22 +55,18 @@ def test_tables_by_hand(tmp_path):
     assert "\n| GRPO, steps 21 to 40 | 0.5 | " in text
 
 
-def test_one_run_against_a_mean_by_hand():
-    """Two arms of two and three seeds: variances 0.02 and 0.01, so pooled (0.02 + 2 * 0.01) / 3; t(3) = 3.182."""
-    core = [np.array([[0.0], [0.2]]), np.array([[0.4], [0.5], [0.6]])]
-    half = 3.182 * (0.04 / 3 * (1 + 1 / 2)) ** 0.5
-    assert one_run(np.array([[0.1]]), 2, core) == [f"+0.100 [{0.1 - half:+.3f}, {0.1 + half:+.3f}]"]
-    assert one_run(np.array([[0.1]]), 1, [core[0][:1], core[1][:1]]) == ["+0.100 [-inf, +inf]"]
-
-
 def test_a_run_of_the_map_is_compared_with_the_mean_of_the_core(tmp_path):
-    for seed, count in ((0, 100), (1, 108)):
-        save(tmp_path, GRPO, seed, [count], 256)
-    save(tmp_path, "alpha 1", 0, [112], 256)
-    text = "\n".join(compared({arm: read(tmp_path, arm) for arm in (GRPO, "alpha 1")}, "validation"))
-    half = 12.706 * ((8 / 256) ** 2 / 2 * 1.5) ** 0.5
+    """Core arms of two and three seeds, Pass@1 by the count in 256 samples: squares of deviations 32 and 50, so the
+    variance of a run is 82 / 3; t(3) = 3.182; the baseline is a mean of two."""
+    for arm, counts in ((GRPO, (100, 108)), (LINE, (120, 125, 130)), ("alpha 1", (112,))):
+        for seed, count in enumerate(counts):
+            save(tmp_path, arm, seed, [count])
+    text = "\n".join(compared({arm: read(tmp_path, arm) for arm in (GRPO, LINE, "alpha 1")}, "validation"))
+    half = 3.182 * (82 / 3 * (1 + 1 / 2)) ** 0.5 / 256
     assert "alpha 1 − GRPO, over problems | +0.031 [+0.031, +0.031]" in text        # (112 - 104) / 256
-    assert f"(by the spread of the core) | +0.031 [{8 / 256 - half:+.3f}, {8 / 256 + half:+.3f}]" in text
+    assert f"over seeds (spread of the core) | +0.031 [{8 / 256 - half:+.3f}, {8 / 256 + half:+.3f}]" in text
+    one = "\n".join(compared({arm: {0: read(tmp_path, arm)[0]} for arm in (GRPO, "alpha 1")}, "validation"))
+    assert "over seeds (spread of the core) | +0.047 [-inf, +inf]" in one
 
 
 def test_students_t_by_integration():
@@ -144,12 +140,13 @@ def test_a_failed_run_stops_the_study(tmp_path, monkeypatch):
     assert len(started) <= 6                                                # of 33
 
 
-def test_what_cannot_be_is_named(tmp_path):
+def test_what_cannot_be_is_named(tmp_path, capsys):
     save(tmp_path, "base", 0, [1])
     with pytest.raises(ValueError, match="needs saved counts of the base, and of GRPO and GRPO . entropy advantage"):
         tables(tmp_path)
-    with pytest.raises(ValueError, match="must be at most 10; they are 11 and 3"):
-        study(Settings(seeds=11))
+    with pytest.raises(SystemExit):
+        parse_flags(Settings, "study", ["--seeds", "11"])
+    assert "argument --seeds: invalid choice: 11 (choose from 1, 2, " in capsys.readouterr().err
     with pytest.raises(ValueError, match="no arm is called grpoo; there are base, grpo, "):
         study(Settings(arms="grpo,grpoo"))
 
