@@ -12,8 +12,7 @@ the machine does meets both; the first turn warms up and does not count. A ratio
 turn. The learning rate is 0: every turn has the same weights. No gradient checkpointing; bf16 only where it says so.
 
 Not equal: our sampler records log-probabilities and entropies and keeps its cache between turns, generate does neither.
-Natural lengths are drawn anew every turn. TRL has no entropy line and scores a rollout again (we take the sampler's
-log-probabilities); its 16 sequences at a time, about our micro-batch, need less memory than 64, at the same speed.
+Natural lengths are drawn anew every turn. TRL has no entropy line and scores a rollout again, where we trust the sampler.
 """
 
 import dataclasses
@@ -42,6 +41,7 @@ COMMANDS = ("decode", "refill", "update", "step", "memory", "growth")
 SAMPLES, MINIBATCH, LIMIT = 16, 4, 128          # answers per problem, problems per optimizer step, longest response
 SHAPE = (128, 32)                               # growth: the smallest shape, sequences and tokens
 SIDES = ("ours", "trl-16-at-a-time", "trl-64-at-a-time")       # memory
+settle = lambda module: float(next(module.parameters()).detach().flatten()[0])     # waits until the device has done all
 Turns = dict[str, list[tuple[float, int]]]      # side -> seconds and tokens of every turn
 
 
@@ -102,11 +102,6 @@ def peer_generate(peer, prompts: Sequence[Sequence[int]], new_tokens: int, eos: 
     made = peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                          max_new_tokens=new_tokens, cache_implementation=cache)[:, ids.shape[1]:].cpu()      # [B, R]
     return made.numel() if eos is None else int((made == eos).int().cumsum(1).eq(0).sum() + (made == eos).any(1).sum())
-
-
-def settle(model: torch.nn.Module) -> None:
-    """Reads a weight, so that by then the device has done what it was asked for before."""
-    float(next(model.parameters()).detach().flatten()[0])
 
 
 def sample(sampler: Sampler, prompts: Sequence[Sequence[int]], each: int, new_tokens: int, turn: int = 0) -> list[Episode]:

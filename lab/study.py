@@ -40,9 +40,9 @@ from task import load_task
 
 GRPO, LINE, PPO, ENDING = "GRPO", "GRPO + entropy advantage", "PPO", " + entropy advantage"
 CORE = {GRPO: ["--alpha", "0"], LINE: []}
-OTHERS = {PPO: ["--algo", "ppo", "--alpha", "0"], PPO + ENDING: ["--algo", "ppo"],
-          "GRPO + entropy regularisation": ["--alpha", "0", "--entropy-coef", "0.003"],     # the best of three, see MAP
-          "GRPO without clip-higher": ["--alpha", "0", "--clip-high", "0.2"]}
+OTHERS = {"GRPO + entropy regularisation": ["--alpha", "0", "--entropy-coef", "0.003"],     # the best of three, see MAP
+          "GRPO without clip-higher": ["--alpha", "0", "--clip-high", "0.2"],
+          PPO: ["--algo", "ppo", "--alpha", "0"], PPO + ENDING: ["--algo", "ppo"]}
 PAIRS = {"steps x 3": ["--steps", "300"], "lr 1e-4, minibatch 2": ["--lr", "1e-4", "--minibatch", "2"],
          "hard": ["--task", "countdown-hard"], "easy": ["--task", "countdown-easy"]}        # each without and with the line
 MAP = {f"beta {b}": ["--alpha", "0", "--entropy-coef", b] for b in ("0.003", "0.01", "0.03")} | {
@@ -106,18 +106,17 @@ class Watch(Behaviour):
 def measure(folder: str, target: str, split: str, problems: int, samples: int) -> None:
     """Samples the first problems of a split once and saves the counts. `folder`: a run, or "base"."""
     torch.set_num_threads(1)
-    run, log = Path(folder), []
-    s = train.Settings(**read_json(run / "config.json")) if folder != "base" else train.Settings()
-    model, tokenizer = load(folder)
-    task = load_task(s.task)
+    s = train.Settings() if folder == "base" else train.Settings(**read_json(Path(folder, "config.json")))
+    (model, tokenizer), task = load(folder), load_task(s.task)
     watch, part = Watch(task), getattr(task, split)[:problems]
     sampler = Sampler(model, s.slots, len(task.encode(part[0], tokenizer)) + s.max_new_tokens, model.eos_ids)
     counts = count_solved(sampler, tokenizer, task, part, samples, s.max_new_tokens, s.temperature, 1.0, 0, watch=watch.watch)
     record = {"run": folder, "split": split, "solved": counts["solved"], "samples": samples, **watch.figures()}
     if folder != "base":
-        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        weights = Path(folder, "model/model.safetensors").read_bytes()
+        log = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
         short = lambda x: None if x is None else float(f"{x:.4g}")
-        record |= {"run": train.run_name(s), "weights": hashlib.sha256((run / "model/model.safetensors").read_bytes()).hexdigest(),
+        record |= {"run": train.run_name(s), "weights": hashlib.sha256(weights).hexdigest(),
                    "curves": {name: [short(line[name]) for line in log] for name in CURVES if name in log[0]}}
     with whole(Path(target)) as fresh:
         fresh.write_bytes(gzip.compress(json.dumps(record).encode(), mtime=0))      # no time stamp: same counts, same bytes
@@ -127,7 +126,7 @@ def jobs(s: Settings) -> list[tuple[str, int, list[str] | None, str]]:
     """What is left to do, in this order: arm, seed, train.py's flags (None: it is the base), where the counts go."""
     core = [(arm, seed, flags) for seed in range(s.seeds) for arm, flags in CORE.items()]
     found = [*core, *((arm, 0, flags) for arm, flags in MAP.items())] if s.map else [
-        ("base", 0, None), *core, *((arm, seed, flags) for seed in range(s.other_seeds) for arm, flags in OTHERS.items())]
+        ("base", 0, None), *core, *((arm, seed, flags) for arm, flags in OTHERS.items() for seed in range(s.other_seeds))]
     known, wanted = {key(arm) for arm, *_ in found}, set(filter(None, s.arms.split(",")))
     if wanted - known:
         raise ValueError(f"no arm is called {', '.join(sorted(wanted - known))}; there are {', '.join(sorted(known))}")
@@ -142,11 +141,11 @@ def work(arm: str, seed: int, flags: list[str] | None, target: str, s: Settings)
                                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if flags is not None and Path(folder, "config.json").exists():      # begun, and perhaps finished
         run("train.py", "--resume", folder)
-    elif flags is not None:
+    elif flags is not None:                                     # with few evaluations: what is reported is measured below
         run("train.py", "--out", s.runs, "--name", key(arm, seed), "--seed", str(seed), *flags, "--final-samples", "8",
-            "--eval-problems", "20", *(["--steps", "3"] if s.quick else []))            # what is reported is measured below
-    size = (5, 64) if s.map and s.quick else (5, 128) if s.quick else (200, 64) if s.map else (200, 256)
-    run("-c", f"from lab.study import measure; measure{(folder, target, 'validation' if s.map else 'test', *size)}")
+            "--eval-problems", "20", *(["--steps", "3", "--critic-warmup", "1"] if s.quick else []))
+    size = 5 if s.quick else 200, 64 if s.map else 128 if s.quick else 256
+    run("-c", f"from lab.study import measure; measure{(folder, target, 'validation' if s.map or s.quick else 'test', *size)}")
 
 
 def study(s: Settings) -> None:
@@ -202,11 +201,12 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
-def compared(arms: dict[str, dict], split: str) -> list[str]:
+def compared(arms: dict[str, dict]) -> list[str]:
     """Two tables of arms that have counts, {arm: {seed: record}}: their Pass@K, and each against its baseline. Where an arm
     has one run only, the variance of a run is taken from the core arms, as if it were the same in all."""
     rate, also, rows = {arm: passes(found) for arm, found in arms.items()}, ("tokens per response", "entropy in nats"), []
-    titles = [f"Pass@{k}" for k in KS][:len(next(iter(rate[GRPO].values())).T)]
+    one, *_ = arms[GRPO].values()
+    titles = [f"Pass@{k}" for k in KS if k <= one["samples"]]
     core = [np.stack(list(rate[arm].values())).mean(1) for arm in CORE if arm in rate]              # [seeds, K] each
     freedom = sum(map(len, core)) - len(core)
     variance = sum(((runs - runs.mean(0)) ** 2).sum(0) for runs in core) / max(1, freedom)          # [K]
@@ -215,7 +215,7 @@ def compared(arms: dict[str, dict], split: str) -> list[str]:
         name, seeds = (f"seeds ({len(gain)})", over_seeds(gain.mean(1))) if len(rate[arm]) > 1 else (
             "seeds (spread of the core)", student(gain[0].mean(0), variance * (1 + 1 / len(rate[other])), freedom))
         rows += [[f"{arm} − {other}, over problems", *over_problems(gain, "+")], [f"the same, over {name}", *seeds]]
-    return [table([f"{split}, mean over seeds (how many), 95 % interval over problems", *titles, *also], [
+    return [table([f"{one['split']}, mean over seeds (how many), 95 % interval over problems", *titles, *also], [
                   [f"{arm} ({len(found)})", *over_problems(np.stack(list(found.values()))),
                    *(f"{np.mean([r[name] for r in arms[arm].values()]):.3f}" for name in also)] for arm, found in rate.items()]),
             table(["difference, 95 % interval", *titles], rows)]
@@ -226,22 +226,24 @@ def tables(results: Path) -> str:
     arms = {arm: found for arm in ("base", *CORE, *OTHERS) if (found := read(results, arm))}
     if "base" not in arms or not set(arms.get(GRPO, ())) & set(arms.get(LINE, ())):
         raise ValueError(f"{results} needs saved counts of the base, and of {GRPO} and {LINE} with one seed in common at least")
-    blocks = compared(arms, "test") + [table(["test, one run", *(f"Pass@{k}" for k in KS)], [
+    blocks = compared(arms) + [table(["one run", *(f"Pass@{k}" for k in KS)], [
         [f"{arm}, seed {seed}", *(f"{x:.3f}" for x in values.mean(0))]
         for arm, found in arms.items() if arm != "base" for seed, values in passes(found).items()])]
 
     names = [name for name, value in arms["base"][0].items() if isinstance(value, float)]
     figure = {arm: {seed: np.array([r[name] for name in names]) for seed, r in found.items()} for arm, found in arms.items()}
     mean = [[f"{x:.3f}" for x in np.mean(list(found.values()), 0)] for found in figure.values()]    # base, core, others
-    blocks.append(table(["test, mean over seeds", "base", *CORE, "difference, interval over seeds", *list(arms)[3:]], [
+    blocks.append(table(["mean over seeds", "base", *CORE, "difference, interval over seeds", *list(arms)[3:]], [
         list(row) for row in zip(names, *mean[:3], over_seeds(gains(figure[LINE], figure[GRPO])), *mean[3:])]))
 
-    sums = lambda side, ns: np.sum([r["line"][side].get(str(n), [0, 0, 0]) for r in arms[LINE].values() for n in ns], 0)
-    share = lambda count, psi, capped: [f"{count:,.0f}", f"{psi / max(1, count):.3f}", f"{capped / max(1, count):.3f}"]
-    sides = ("right", "wrong")
-    blocks.append(table(["right of 16", *(f"{side}: {x}" for side in sides for x in ("tokens", "ψ / abs(A)", "capped"))],
-                        [[f"{ns[0]} to {ns[-1]}", *(x for side in sides for x in share(*sums(side, ns)))]
-                         for ns in (range(1, 2), range(2, 4), range(4, 8), range(8, 12), range(12, 16))]))
+    rows = []
+    for ns in (range(1, 2), range(2, 4), range(4, 8), range(8, 12), range(12, 16)):
+        sums = [np.sum([r["line"][side].get(str(n), [0, 0, 0]) for r in arms[LINE].values() for n in ns], 0)
+                for side in ("right", "wrong")]
+        rows.append([f"{ns[0]} to {ns[-1]}", *(x for n, psi, capped in sums for x in (
+            f"{n:,.0f}", f"{psi / max(1, n):.3f}", f"{capped / max(1, n):.3f}"))])
+    sides = [f"{x}, {side} answers" for side in ("right", "wrong") for x in ("tokens", "ψ / abs(A)", "capped")]
+    blocks.append(table(["right of 16", *sides], rows))
 
     rows = []
     for arm in [arm for arm in arms if arm != "base"]:
@@ -250,18 +252,20 @@ def tables(results: Path) -> str:
             known = [[x for c in curves for x in c.get(name, [])[first:first + 20] if x is not None] for name in CURVES]
             rows.append([f"{arm}, steps {first + 1} to {first + 20}", *(f"{np.mean(x):.3g}" if x else "–" for x in known)])
     tried = {arm: found for arm in (*CORE, *MAP) if (found := read(results / "map", arm))}
-    return "\n\n".join([*blocks, table(["training, mean over seeds", *CURVES], rows), *(compared(tried, "validation") if tried else ())])
+    blocks.append(table(["training, mean over seeds", *CURVES], rows))
+    return "\n\n".join([*blocks, *(compared(tried) if tried else ())])
 
 
 def figures(results: Path, out: Path) -> list[Path]:
     """curves.png and pass_at_k.png, as lab/plot.py draws them, and behaviour.png: bars of means, ticks of seeds."""
     arms = {arm: list(found.values()) for arm in ("base", *CORE, *OTHERS) if (found := read(results, arm))}
-    runs = {f"{arm} ({len(found)})": [{"model": "base", "final": {"models": {"base": arms["base"][0], "trained": record}}, "curves": {
-        name: dict(enumerate(x, 1)) for name, x in record["curves"].items()}} for record in found] for arm, found in arms.items()
-        if arm != "base"}
+    curves = lambda record: {name: dict(enumerate(values, 1)) for name, values in record["curves"].items()}
+    runs = {f"{arm} ({len(found)})": [{"model": "base", "curves": curves(record), "final": {"models": {
+        "base": arms["base"][0], "trained": record}}} for record in found] for arm, found in arms.items() if arm != "base"}
     written = draw(runs, out, "the test problems")
     from matplotlib.figure import Figure                        # there, as `draw` has not complained
-    names, figure = [name for name, value in arms["base"][0].items() if isinstance(value, float)], Figure((15, 8), layout="constrained")
+    names = [name for name, value in arms["base"][0].items() if isinstance(value, float)]
+    figure = Figure((15, 8), layout="constrained")
     for axis, name in zip(figure.subplots(3, 4, sharey=True).flat, names):
         axis.barh(list(arms), [np.mean([r[name] for r in found]) for found in arms.values()], color="0.8")
         for place, found in enumerate(arms.values()):
@@ -282,7 +286,7 @@ if __name__ == "__main__":
         print(tables(Path(settings.results)))
         print(*figures(Path(settings.results), Path("runs/quick" if settings.quick else "lab/figures")), sep="\n")
     except subprocess.CalledProcessError as error:
-        sys.exit(f"lab.study: {' '.join(error.cmd[1:])} failed: {error.stderr.strip().splitlines()[-1:]}")
+        sys.exit(f"lab.study: {' '.join(error.cmd[1:])} failed: {error.stderr.strip().rpartition(chr(10))[2]}")
     except (ValueError, OSError) as error:
         sys.exit(f"lab.study: {error}")
     except KeyboardInterrupt:

@@ -27,7 +27,7 @@ FIGURES = [*Behaviour().figures(), "repeated 4-grams, share"]
 
 def save(folder, arm, seed, solved, samples=256, **more):
     line = {side: {"1": [10, 2.0, 1], "3": [30, 3.0, 3]} for side in ("right", "wrong")}
-    record = {"solved": solved, "samples": samples, "line": line, **dict.fromkeys(FIGURES, 1.0), **more}
+    record = {"split": "test", "solved": solved, "samples": samples, "line": line, **dict.fromkeys(FIGURES, 1.0), **more}
     if arm != "base":
         record["curves"] = {name: [0.5] * 40 for name in CURVES}
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,11 +61,11 @@ def test_a_run_of_the_map_is_compared_with_the_mean_of_the_core(tmp_path):
     for arm, counts in ((GRPO, (100, 108)), (LINE, (120, 125, 130)), ("alpha 1", (112,))):
         for seed, count in enumerate(counts):
             save(tmp_path, arm, seed, [count])
-    text = "\n".join(compared({arm: read(tmp_path, arm) for arm in (GRPO, LINE, "alpha 1")}, "validation"))
+    text = "\n".join(compared({arm: read(tmp_path, arm) for arm in (GRPO, LINE, "alpha 1")}))
     half = 3.182 * (82 / 3 * (1 + 1 / 2)) ** 0.5 / 256
     assert "alpha 1 − GRPO, over problems | +0.031 [+0.031, +0.031]" in text        # (112 - 104) / 256
     assert f"over seeds (spread of the core) | +0.031 [{8 / 256 - half:+.3f}, {8 / 256 + half:+.3f}]" in text
-    one = "\n".join(compared({arm: {0: read(tmp_path, arm)[0]} for arm in (GRPO, "alpha 1")}, "validation"))
+    one = "\n".join(compared({arm: {0: read(tmp_path, arm)[0]} for arm in (GRPO, "alpha 1")}))
     assert "over seeds (spread of the core) | +0.047 [-inf, +inf]" in one
 
 
@@ -168,13 +168,23 @@ def test_a_study_does_what_is_left_core_first_and_goes_on_with_what_was_begun(tm
                                            results=str(tmp_path / "results")))
     assert [line for line in lines if "--resume" in line] == [f"train.py --resume {done}"]
     trained = [line.split("--name ")[1].split(" --final")[0] for line in lines if "--name" in line]
-    assert trained == ["grpo-entropy-advantage-0 --seed 0", "grpo-entropy-advantage-1 --seed 1", "ppo-0 --seed 0 --algo ppo --alpha 0",
-                       "ppo-entropy-advantage-0 --seed 0 --algo ppo",
+    assert trained == ["grpo-entropy-advantage-0 --seed 0", "grpo-entropy-advantage-1 --seed 1",
                        "grpo-entropy-regularisation-0 --seed 0 --alpha 0 --entropy-coef 0.003",
-                       "grpo-without-clip-higher-0 --seed 0 --alpha 0 --clip-high 0.2"]
+                       "grpo-without-clip-higher-0 --seed 0 --alpha 0 --clip-high 0.2",
+                       "ppo-0 --seed 0 --algo ppo --alpha 0", "ppo-entropy-advantage-0 --seed 0 --algo ppo"]
     measured = [re.search(r"results/(\S+?)\.json\.gz', 'test', 200, 256", line)[1] for line in lines if line.startswith("-c")]
-    assert measured == ["base-0", "grpo-entropy-advantage-0", "grpo-1", "grpo-entropy-advantage-1", "ppo-0",
-                        "ppo-entropy-advantage-0", "grpo-entropy-regularisation-0", "grpo-without-clip-higher-0"]
+    assert measured == ["base-0", "grpo-entropy-advantage-0", "grpo-1", "grpo-entropy-advantage-1", "grpo-entropy-regularisation-0",
+                        "grpo-without-clip-higher-0", "ppo-0", "ppo-entropy-advantage-0"]
+
+
+@pytest.mark.parametrize("s", [dict(), dict(map=True), dict(quick=True), dict(quick=True, map=True)])
+def test_every_training_command_is_valid(tmp_path, monkeypatch, s):
+    lines = recorded(monkeypatch, Settings(runs=str(tmp_path), results=str(tmp_path), processes=1, **s))
+    trained = [line.split()[1:] for line in lines if line.startswith("train.py")]
+    assert len(trained) == 10 + (len(MAP) if "map" in s else 3 * len(OTHERS))
+    assert all(("'test'" in line) == (s == {}) for line in lines if line.startswith("-c"))         # never in passing
+    for flags in trained:
+        check(parse_flags(TrainSettings, "train", flags))
 
 
 def test_the_map_stays_on_validation(tmp_path, monkeypatch):
