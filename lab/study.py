@@ -284,7 +284,7 @@ if __name__ == "__main__":
         if not settings.tables:
             study(settings)
         print(tables(Path(settings.results)))
-        print(*figures(Path(settings.results), Path("runs/quick" if settings.quick else "lab/figures")), sep="\n")
+        print(*figures(Path(settings.results), Path("runs/quick" if settings.quick else "lab/figures/study")), sep="\n")
     except subprocess.CalledProcessError as error:
         sys.exit(f"lab.study: {' '.join(error.cmd[1:])} failed: {error.stderr.strip().rpartition(chr(10))[2]}")
     except (ValueError, OSError) as error:

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import lab.study
-from evaluate import bootstrap, parse_flags, pass_table
+from evaluate import parse_flags
 from lab.pretrain import Behaviour
 from lab.study import (AGAINST, CORE, CURVES, GRPO, LINE, MAP, OTHERS, PPO, T_975, Settings, Watch, compared, figures, key,
-                       measure, read, study, tables)
+                       measure, passes, read, study, tables)
 from rollout import Episode
 from task import Problem
 from train import Settings as TrainSettings
-from train import check
+from train import check, run_name
 
 FIGURES = [*Behaviour().figures(), "repeated 4-grams, share"]
 
@@ -224,3 +224,61 @@ def test_pictures_are_drawn(tmp_path):
     for file in written:
         image = matplotlib.image.imread(file)
         assert min(image.shape[:2]) > 500 and 0.001 < (image[..., :3].mean(-1) < 0.9).mean() < 0.5
+
+
+RESULTS, README = Path("lab/RESULTS.md"), Path("README.md")
+SAVED = {arm: found for arm in ("base", *CORE, *OTHERS) if (found := read(Path("lab/results"), arm))}
+
+
+def test_the_published_tables_come_from_the_saved_counts():
+    published, readme, blocks = RESULTS.read_text(), README.read_text(), tables(Path("lab/results")).split("\n\n")
+    for block in blocks:
+        assert block in published, block
+    rates, differences, _, behaviour, *_ = (block.splitlines() for block in blocks)
+    for line in [*rates[:5], *differences[:4], *behaviour]:                 # the core: base, GRPO, GRPO + entropy advantage
+        assert (line if line not in behaviour else "| " + " | ".join(line.strip("| ").split(" | ")[:5]) + " |") in readme, line
+
+
+def test_the_saved_counts_are_whole_and_of_what_they_say():
+    assert list(SAVED["base"]) == [0] and all(list(SAVED[arm]) == [0, 1, 2, 3, 4] for arm in CORE)
+    for arm, found in SAVED.items():
+        for seed, record in found.items():
+            assert len(record["solved"]) == 200 and record["samples"] == 256 and record["split"] == "test"
+            assert all(0 <= count <= 256 for count in record["solved"]) and set(FIGURES) <= set(record)
+            if arm != "base":
+                s = parse_flags(TrainSettings, "train", [*{**CORE, **OTHERS}[arm], "--seed", str(seed), "--final-samples", "8",
+                                                         "--eval-problems", "20"])
+                assert record["run"] == run_name(s) and len(record["curves"]["reward"]) == s.steps
+
+
+def test_what_is_said_of_the_effect_is_what_the_intervals_bear():
+    """Both primary intervals contain 0, and README and RESULTS say "no difference" with them."""
+    values = {arm: passes(SAVED[arm]) for arm in CORE}
+    gain = np.stack([values[LINE][seed].mean(0) - values[GRPO][seed].mean(0) for seed in range(5)])        # [seeds, K]
+    for k, name in ((0, "Pass@1"), (3, "Pass@64")):
+        mean, half = statistics.mean(gain[:, k]), 2.776 * statistics.stdev(gain[:, k]) / 5 ** 0.5
+        assert mean - half < 0 < mean + half
+        said = f"{name} {mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f}".replace("-", "−")
+        assert said in " ".join(README.read_text().split()) and said in " ".join(RESULTS.read_text().split()), said
+    assert "no difference that five seeds can show" in " ".join(README.read_text().split())
+    assert "**No difference that five seeds can show.**" in RESULTS.read_text()
+
+
+def test_the_same_seed_made_the_same_weights_twice():
+    """Two sessions trained seed 0 of the core on their own, with other validations on the way; other seeds differ."""
+    other = {arm: read(Path("lab/results/map"), arm)[0] for arm in CORE}
+    for arm in CORE:
+        assert other[arm]["weights"] == SAVED[arm][0]["weights"]
+        assert SAVED[arm][0]["curves"].items() <= other[arm]["curves"].items()
+        assert other[arm]["run"] != SAVED[arm][0]["run"]                    # the validations
+    assert len({record["weights"] for arm, found in SAVED.items() if arm != "base" for record in found.values()}) == sum(
+        len(found) for arm, found in SAVED.items() if arm != "base")
+
+
+def test_intervals_of_the_saved_counts_by_another_way():
+    """The bootstrap over problems against the normal approximation, Pass@1 of the base."""
+    rates = [count / 256 for count in SAVED["base"][0]["solved"]]
+    mean, half = statistics.mean(rates), 1.96 * statistics.stdev(rates) / len(rates) ** 0.5
+    line = next(line for line in tables(Path("lab/results")).splitlines() if line.startswith("| base"))
+    printed = [float(x) for x in re.findall(r"[0-9.]+(?=[ ,\]])", line.split("|")[2])]
+    assert printed == pytest.approx([mean, mean - half, mean + half], abs=0.002)
