@@ -42,6 +42,7 @@ SAMPLES, MINIBATCH, LIMIT = 16, 4, 128          # answers per problem, problems 
 SHAPE = (128, 32)                               # growth: the smallest shape, sequences and tokens
 SIDES = ("ours", "trl-16-at-a-time", "trl-64-at-a-time")       # memory
 settle = lambda module: float(next(module.parameters()).detach().flatten()[0])     # waits until the device has done all
+tokens_of = lambda episodes: sum(len(e.response) for e in episodes)
 Turns = dict[str, list[tuple[float, int]]]      # side -> seconds and tokens of every turn
 
 
@@ -106,10 +107,6 @@ def peer_generate(peer, prompts: Sequence[Sequence[int]], new_tokens: int, eos: 
 
 def sample(sampler: Sampler, prompts: Sequence[Sequence[int]], each: int, new_tokens: int, turn: int = 0) -> list[Episode]:
     return sampler.generate(prompts, each, new_tokens, 1.0, seeded_generator(0, turn, "bench", sampler.device))
-
-
-def tokens_of(episodes: Sequence[Episode]) -> int:
-    return sum(len(e.response) for e in episodes)
 
 
 def decode(s: Settings, device: torch.device) -> Turns:

@@ -107,8 +107,7 @@ def draw(groups: dict[str, list[dict]], out: Path, problems: str = "validation")
     figure.savefig(written[0], dpi=110)
     plt.close(figure)
 
-    finished = {group: [run for run in runs if run["final"]] for group, runs in groups.items()}
-    finished = {group: runs for group, runs in finished.items() if runs}
+    finished = {group: found for group, runs in groups.items() if (found := [run for run in runs if run["final"]])}
     if not finished:
         return written[:1]
     figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")

@@ -1,6 +1,6 @@
 """How the embedded base model `base/` was made: next-token prediction on traces of random search.
 
-    python -m lab.pretrain --threads 1           makes the model again, in runs/base: 48 minutes on one core of an AMD EPYC
+    OMP_NUM_THREADS=1 python -m lab.pretrain     makes the model again, in runs/base: 48 minutes on one core of an AMD EPYC
     python -m lab.pretrain --report base         prints such figures for any model folder:
 
         Pass@1                            0.0604        Pass@256                          1.0000
@@ -58,7 +58,6 @@ class Settings:
     give_up: float = flag(0.15, "chance of `so` after a checked miss")
     blind: float = flag(0.5, "chance of `so` after an unchecked attempt")
     keep_failed: float = flag(0.3, "share of failed traces that are kept")
-    threads: int = flag(0, "CPU threads; 0 takes all cores", least=0)
 
 
 def random_search(problems: tuple[np.ndarray, np.ndarray], count: int, rng: np.random.Generator, s: Settings,
@@ -232,8 +231,7 @@ def report(folder: str) -> dict[str, float]:
                           watch=behaviour.watch)
     one, every = pass_table(result["solved"], n, (1, n)).mean(0)
     figures = {"Pass@1": one, f"Pass@{n}": every, **behaviour.figures()}
-    size = sum(p.numel() for p in model.parameters())
-    print(f"{folder}: {size:,} parameters; 200 validation problems, {n} samples each, temperature 1")
+    print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters; 200 validation problems, {n} samples each")
     for name, value in figures.items():
         print(f"{name:32}{value:8.4f}")
     return figures
@@ -241,7 +239,6 @@ def report(folder: str) -> dict[str, float]:
 
 if __name__ == "__main__":
     settings = parse_flags(Settings, __doc__)
-    torch.set_num_threads(settings.threads or torch.get_num_threads())
     try:
         report(settings.report) if settings.report else pretrain(settings)
     except (ValueError, OSError) as error:

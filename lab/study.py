@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 import train
 from advantage import group_advantage, shape_with_entropy
-from checkpoint import read_json, whole
-from evaluate import bootstrap, check_numbers, count_solved, flag, parse_flags, pass_table
+from checkpoint import read_json, resumed, whole
+from evaluate import bootstrap, count_solved, flag, parse_flags, pass_table
 from lab.plot import draw
 from lab.pretrain import Behaviour
 from model import load
@@ -53,15 +53,14 @@ AGAINST = {arm: arm.removesuffix(ENDING) if arm.endswith(ENDING) else GRPO for a
 GROUP, ALPHA, KAPPA = 16, 0.4, 2.0          # what `Watch` asks about, of any model
 KS = (1, 4, 16, 64, 128)
 T_975 = (np.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-         2.120, 2.110, 2.101)                # Student's t at 97.5 %, by degrees of freedom
-SEEDS = range(10)
+         2.120, 2.110, 2.101)                # Student's t at 97.5 %, by degrees of freedom; two arms of ten seeds have 18
 CURVES = ("reward", "length", "entropy", "equal_groups", "shaping", "shaping_up", "shaping_down", "capped", "explained_variance")
 
 
 @dataclass
 class Settings:
-    seeds: int = flag(5, "training seeds of the core arms, from 0", choices=range(1, 1 + len(SEEDS)))
-    other_seeds: int = flag(3, "training seeds of the other arms", choices=range(1, 1 + len(SEEDS)))
+    seeds: int = flag(5, "training seeds of the core arms, from 0", choices=range(1, 11))
+    other_seeds: int = flag(3, "training seeds of the other arms", choices=range(1, 11))
     arms: str = flag("", "only these arms, as their files are called, separated by commas: grpo,ppo-entropy-advantage")
     map: bool = flag(False, "vary one setting at a time instead, seed 0, on the validation problems")
     quick: bool = flag(False, "a miniature: one seed, 3 steps, 5 problems, in runs/quick")
@@ -113,11 +112,10 @@ def measure(folder: str, target: str, split: str, problems: int, samples: int) -
     counts = count_solved(sampler, tokenizer, task, part, samples, s.max_new_tokens, s.temperature, 1.0, 0, watch=watch.watch)
     record = {"run": folder, "split": split, "solved": counts["solved"], "samples": samples, **watch.figures()}
     if folder != "base":
-        weights = Path(folder, "model/model.safetensors").read_bytes()
         log = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
-        short = lambda x: None if x is None else float(f"{x:.4g}")
+        weights = Path(folder, "model/model.safetensors").read_bytes()
         record |= {"run": train.run_name(s), "weights": hashlib.sha256(weights).hexdigest(),
-                   "curves": {name: [short(line[name]) for line in log] for name in CURVES if name in log[0]}}
+                   "curves": {name: [x[name] and float(f"{x[name]:.4g}") for x in log] for name in CURVES if name in log[0]}}
     with whole(Path(target)) as fresh:
         fresh.write_bytes(gzip.compress(json.dumps(record).encode(), mtime=0))      # no time stamp: same counts, same bytes
 
@@ -139,17 +137,20 @@ def work(arm: str, seed: int, flags: list[str] | None, target: str, s: Settings)
     folder = f"{s.runs}/{key(arm, seed)}" if flags is not None else "base"
     run = lambda *command: subprocess.run([sys.executable, *command], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
                                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if flags is not None and Path(folder, "config.json").exists():      # begun, and perhaps finished
-        run("train.py", "--resume", folder)
-    elif flags is not None:                                     # with few evaluations: what is reported is measured below
-        run("train.py", "--out", s.runs, "--name", key(arm, seed), "--seed", str(seed), *flags, "--final-samples", "8",
-            "--eval-problems", "20", *(["--steps", "3", "--critic-warmup", "1"] if s.quick else []))
+    if flags is not None:                                       # with few evaluations: what is reported is measured below
+        flags = ["--seed", str(seed), *flags, "--final-samples", "8", "--eval-problems", "20",
+                 *(["--steps", "3", "--critic-warmup", "1"] if s.quick else [])]
+        if not Path(folder).exists():
+            run("train.py", "--out", s.runs, "--name", key(arm, seed), *flags)
+        elif train.run_name(resumed(folder, [], train.Settings)) == train.run_name(parse_flags(train.Settings, folder, flags)):
+            run("train.py", "--resume", folder)                 # begun, and perhaps finished
+        else:
+            raise ValueError(f"{folder} is not a run of {arm}: its settings are others; move it away")
     size = 5 if s.quick else 200, 64 if s.map else 128 if s.quick else 256
     run("-c", f"from lab.study import measure; measure{(folder, target, 'validation' if s.map or s.quick else 'test', *size)}")
 
 
 def study(s: Settings) -> None:
-    check_numbers(s)
     with concurrent.futures.ThreadPoolExecutor(s.processes) as pool:
         futures = [pool.submit(work, *job, s) for job in jobs(s)]
         try:
@@ -162,7 +163,7 @@ def study(s: Settings) -> None:
 
 def read(results: Path, arm: str) -> dict[int, dict]:
     """The saved counts of an arm: seed -> record."""
-    files = {seed: results / f"{key(arm, seed)}.json.gz" for seed in SEEDS}
+    files = {seed: results / f"{key(arm, seed)}.json.gz" for seed in range(10)}
     return {seed: json.loads(gzip.decompress(file.read_bytes())) for seed, file in files.items() if file.exists()}
 
 
@@ -174,7 +175,7 @@ def gains(arm: dict[int, np.ndarray], other: dict[int, np.ndarray]) -> np.ndarra
     """[seeds, problems, K] of the seeds that both have; a single run is compared with the other arm's mean over seeds."""
     if len(arm) == 1:
         other = {seed: np.mean(list(other.values()), 0) for seed in arm}
-    return np.stack([arm[seed] - other[seed] for seed in sorted(set(arm) & set(other))])
+    return np.array([arm[seed] - other[seed] for seed in sorted(set(arm) & set(other))])
 
 
 def cells(mean, low, high, sign: str = "") -> list[str]:
@@ -210,9 +211,10 @@ def compared(arms: dict[str, dict]) -> list[str]:
     core = [np.stack(list(rate[arm].values())).mean(1) for arm in CORE if arm in rate]              # [seeds, K] each
     freedom = sum(map(len, core)) - len(core)
     variance = sum(((runs - runs.mean(0)) ** 2).sum(0) for runs in core) / max(1, freedom)          # [K]
-    for arm, other in ((arm, other) for arm, other in AGAINST.items() if {arm, other} <= set(rate)):
-        gain = gains(rate[arm], rate[other])                                                        # [seeds, problems, K]
-        name, seeds = (f"seeds ({len(gain)})", over_seeds(gain.mean(1))) if len(rate[arm]) > 1 else (
+    for arm, other in AGAINST.items():
+        if not {arm, other} <= set(rate) or not len(gain := gains(rate[arm], rate[other])):         # [seeds, problems, K]
+            continue                                            # no run, or no seed that both have, yet
+        name, seeds = (f"the {len(gain)} seeds of both", over_seeds(gain.mean(1))) if len(rate[arm]) > 1 else (
             "seeds (spread of the core)", student(gain[0].mean(0), variance * (1 + 1 / len(rate[other])), freedom))
         rows += [[f"{arm} − {other}, over problems", *over_problems(gain, "+")], [f"the same, over {name}", *seeds]]
     return [table([f"{one['split']}, mean over seeds (how many), 95 % interval over problems", *titles, *also], [
@@ -251,9 +253,14 @@ def tables(results: Path) -> str:
         for first in range(0, len(curves[0]["reward"]), 20):
             known = [[x for c in curves for x in c.get(name, [])[first:first + 20] if x is not None] for name in CURVES]
             rows.append([f"{arm}, steps {first + 1} to {first + 20}", *(f"{np.mean(x):.3g}" if x else "–" for x in known)])
-    tried = {arm: found for arm in (*CORE, *MAP) if (found := read(results / "map", arm))}
-    blocks.append(table(["training, mean over seeds", *CURVES], rows))
-    return "\n\n".join([*blocks, *(compared(tried) if tried else ())])
+    return "\n\n".join([*blocks, table(["training, mean over seeds", *CURVES], rows)])
+
+
+def map_tables(results: Path) -> str:
+    """Those of the map, of validation problems: whoever chooses by them reads no count of a test problem."""
+    if GRPO not in (tried := {arm: found for arm in (*CORE, *MAP) if (found := read(results / "map", arm))}):
+        raise ValueError(f"{results}/map needs saved counts of {GRPO}, which the others are compared with")
+    return "\n\n".join(compared(tried))
 
 
 def figures(results: Path, out: Path) -> list[Path]:
@@ -283,8 +290,8 @@ if __name__ == "__main__":
     try:
         if not settings.tables:
             study(settings)
-        print(tables(Path(settings.results)))
-        print(*figures(Path(settings.results), Path("runs/quick" if settings.quick else "lab/figures/study")), sep="\n")
+        print((map_tables if settings.map else tables)(Path(settings.results)))
+        settings.map or print(*figures(Path(settings.results), Path(settings.results).parent / "figures/study"), sep="\n")
     except subprocess.CalledProcessError as error:
         sys.exit(f"lab.study: {' '.join(error.cmd[1:])} failed: {error.stderr.strip().rpartition(chr(10))[2]}")
     except (ValueError, OSError) as error:

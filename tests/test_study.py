@@ -1,6 +1,8 @@
 """lab/study.py: its tables and intervals from hand-made counts, what it runs, and lab/RESULTS.md from the saved counts."""
 
+import dataclasses
 import gzip
+import hashlib
 import json
 import math
 import re
@@ -16,20 +18,20 @@ import lab.study
 from evaluate import parse_flags
 from lab.pretrain import Behaviour
 from lab.study import (AGAINST, CORE, CURVES, GRPO, LINE, MAP, OTHERS, PPO, T_975, Settings, Watch, compared, figures, key,
-                       measure, passes, read, study, tables)
+                       map_tables, measure, passes, read, study, tables)
 from rollout import Episode
 from task import Problem
 from train import Settings as TrainSettings
-from train import check, run_name
+from train import check, run_name, train
 
 FIGURES = [*Behaviour().figures(), "repeated 4-grams, share"]
 
 
 def save(folder, arm, seed, solved, samples=256, **more):
-    line = {side: {"1": [10, 2.0, 1], "3": [30, 3.0, 3]} for side in ("right", "wrong")}
+    line = {"right": {"1": [10, 2.0, 1], "3": [30, 3.0, 3]}, "wrong": {"1": [100, 40.0, 30], "3": [50, 10.0, 5]}}
     record = {"split": "test", "solved": solved, "samples": samples, "line": line, **dict.fromkeys(FIGURES, 1.0), **more}
     if arm != "base":
-        record["curves"] = {name: [0.5] * 40 for name in CURVES}
+        record["curves"] = {name: [i + step for step in range(40)] for i, name in enumerate(CURVES)}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{key(arm, seed)}.json.gz").write_bytes(gzip.compress(json.dumps(record).encode()))
 
@@ -37,22 +39,33 @@ def save(folder, arm, seed, solved, samples=256, **more):
 def test_tables_by_hand(tmp_path):
     save(tmp_path, "base", 0, [0, 64])
     for seed, (a, b) in enumerate([(64, 64), (64, 128), (64, 192)]):       # Pass@1 of every problem: a / 256, b / 256
-        save(tmp_path, GRPO, seed, [a, a])
-        save(tmp_path, LINE, seed, [b, b], **{"tokens per response": 1.0 + seed})
+        save(tmp_path, GRPO, seed, [a, 0])
+        save(tmp_path, LINE, seed, [b, 0], **{"tokens per response": 1.0 + seed})
     text = tables(tmp_path)
-    assert "\n| base (1) | 0.125 [0.000, 0.250] | " in text
-    assert "\n| GRPO (3) | 0.250 [0.250, 0.250] | " in text
-    assert "\n| GRPO + entropy advantage (3) | 0.500 [0.500, 0.500] | " in text
-    assert "\n| GRPO + entropy advantage − GRPO, over problems | +0.250 [+0.250, +0.250] | " in text
-    # Differences 0, 0.25 and 0.5: mean 0.25, standard deviation 0.25; t(2) = 4.303, so +- 4.303 * 0.25 / sqrt(3).
-    assert "\n| the same, over seeds (3) | +0.250 [-0.371, +0.871] | " in text
-    assert "\n| GRPO + entropy advantage, seed 2 | 0.750 | " in text
+    # Pass@64 of 64 right answers in 256, as a product: each of 64 draws misses; c = 128 and 192 miss with less than 1e-20.
+    hit = 1 - math.prod((192 - i) / (256 - i) for i in range(64))
+    four = [1 - math.prod((256 - c - i) / (256 - i) for i in range(4)) for c in (64, 128, 192)]
+    rows = {line.split(" | ")[0]: line.strip("| ").split(" | ")[1:] for line in text.splitlines()}
+    assert rows["| base (1)"][0] == "0.125 [0.000, 0.250]" and rows["| base (1)"][3].startswith(f"{hit / 2:.3f} [")
+    assert rows["| GRPO (3)"][:2] == ["0.125 [0.000, 0.250]", f"{four[0] / 2:.3f} [0.000, {four[0]:.3f}]"]
+    # Paired by problem: 0.25 on one of them, 0 on the other.
+    [*_, pass_64, _] = rows["| GRPO + entropy advantage − GRPO, over problems"]
+    assert rows["| GRPO + entropy advantage − GRPO, over problems"][0] == "+0.125 [+0.000, +0.250]"
+    assert pass_64 == f"{(2 - 2 * hit) / 6:+.3f} [+0.000, {(2 - 2 * hit) / 3:+.3f}]"
+    # Differences 0, 0.125 and 0.25: mean 0.125, standard deviation 0.125; t(2) = 4.303, so +- 4.303 * 0.125 / sqrt(3).
+    seeds = rows["| the same, over the 3 seeds of both"]
+    assert seeds[0] == "+0.125 [-0.186, +0.436]"
+    gains = [(x - four[0]) / 2 for x in four]
+    mean, half = statistics.mean(gains), 4.303 * statistics.stdev(gains) / 3 ** 0.5
+    assert seeds[1] == f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+    assert rows["| GRPO + entropy advantage, seed 2"][0] == "0.375"
     # Differences 0, 1 and 2: mean 1, standard deviation 1.
-    assert "\n| tokens per response | 1.000 | 1.000 | 2.000 | +1.000 [-1.484, +3.484] |" in text
-    # Three seeds with 10 tokens each where one of 16 is right: psi / |A| is 2 / 10, one of them is capped.
-    assert "\n| 1 to 1 | 30 | 0.200 | 0.100 | 30 | 0.200 | 0.100 |\n| 2 to 3 | 90 | 0.100 | 0.100 | " in text
-    assert "\n| 12 to 15 | 0 | 0.000 | 0.000 | " in text
-    assert "\n| GRPO, steps 21 to 40 | 0.5 | " in text
+    assert rows["| tokens per response"] == ["1.000", "1.000", "2.000", "+1.000 [-1.484, +3.484]"]
+    # Three seeds, each with 10 tokens of right answers where one of 16 is right: psi / |A| is 2 / 10, one of them is capped.
+    assert rows["| 1 to 1"] == ["30", "0.200", "0.100", "300", "0.400", "0.300"]
+    assert rows["| 2 to 3"] == ["90", "0.100", "0.100", "150", "0.200", "0.100"] and rows["| 12 to 15"][0] == "0"
+    assert rows["| GRPO, steps 1 to 20"][:2] == ["9.5", "10.5"]             # means of 0 to 19, and of 1 to 20
+    assert rows["| GRPO, steps 21 to 40"][1] == "30.5"
 
 
 def test_a_run_of_the_map_is_compared_with_the_mean_of_the_core(tmp_path):
@@ -88,7 +101,7 @@ def test_seeds_are_paired_by_their_number(tmp_path):
     save(tmp_path, LINE, 2, [222])
     text = tables(tmp_path)
     assert "\n| GRPO + entropy advantage − GRPO, over problems | +0.035 " in text   # (6 + 12) / 2 / 256, not (106 + 112) / 2 / 256
-    assert "\n| the same, over seeds (2) | +0.035 " in text
+    assert "\n| the same, over the 2 seeds of both | +0.035 " in text
 
 
 def test_what_the_line_does_to_each_side_by_hand():
@@ -124,6 +137,21 @@ def test_measure_counts_what_the_model_does(tmp_path, monkeypatch):
     mixed = {str(count) for count in record["solved"] if 0 < count < 16}
     assert set(record["line"]["right"]) == set(record["line"]["wrong"]) == mixed
     assert [p.name for p in tmp_path.iterdir()] == ["base-0.json.gz"]
+
+
+def test_measure_takes_a_run_apart(tmp_path, monkeypatch):
+    threads, run = torch.get_num_threads(), tmp_path / "runs" / "ppo-3"
+    s = TrainSettings(name="ppo-3", out=str(tmp_path / "runs"), algo="ppo", steps=2, critic_warmup=1, prompts=4, samples=2, seed=3,
+                      task="countdown-easy", eval_problems=1, eval_samples=1, final_samples=1, slots=16, max_new_tokens=24)
+    train(s)
+    measure(str(run), f"{tmp_path}/ppo-3.json.gz", "validation", 2, 4)
+    torch.set_num_threads(threads)
+    record, log = read(tmp_path, PPO)[3], [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert record["run"] == run_name(s) and len(record["solved"]) == 2 and record["tokens per response"] <= 24
+    assert record["weights"] == hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
+    assert record["curves"]["shaping"][0] is None and list(record["curves"]) == list(CURVES)        # the critic's step
+    for name, values in record["curves"].items():
+        assert values == [line[name] and pytest.approx(line[name], rel=1e-3) for line in log]
 
 
 def test_a_failed_run_stops_the_study(tmp_path, monkeypatch):
@@ -163,11 +191,15 @@ def test_a_study_does_what_is_left_core_first_and_goes_on_with_what_was_begun(tm
     save(tmp_path / "results", GRPO, 0, [1])                                # measured already
     done = tmp_path / "runs" / "grpo-1"
     done.mkdir(parents=True)
-    (done / "config.json").write_text("{}")                                 # begun already
+    flags = ["--alpha", "0", "--seed", "1", "--final-samples", "8", "--eval-problems", "20"]        # begun already
+    (done / "config.json").write_text(json.dumps(vars(parse_flags(TrainSettings, "train", flags))))
     lines = recorded(monkeypatch, Settings(seeds=2, other_seeds=1, runs=str(tmp_path / "runs"), processes=1,
                                            results=str(tmp_path / "results")))
     assert [line for line in lines if "--resume" in line] == [f"train.py --resume {done}"]
     trained = [line.split("--name ")[1].split(" --final")[0] for line in lines if "--name" in line]
+    (done / "config.json").write_text(json.dumps(vars(parse_flags(TrainSettings, "train", [*flags, "--lr", "1e-3"]))))
+    with pytest.raises(ValueError, match="grpo-1 is not a run of GRPO: its settings are others; move it away"):
+        recorded(monkeypatch, Settings(arms="grpo", seeds=2, runs=str(tmp_path / "runs"), results=str(tmp_path / "results")))
     assert trained == ["grpo-entropy-advantage-0 --seed 0", "grpo-entropy-advantage-1 --seed 1",
                        "grpo-entropy-regularisation-0 --seed 0 --alpha 0 --entropy-coef 0.003",
                        "grpo-without-clip-higher-0 --seed 0 --alpha 0 --clip-high 0.2",
@@ -193,20 +225,24 @@ def test_the_map_stays_on_validation(tmp_path, monkeypatch):
     assert len(measured) == 2 + len(MAP) and all("'validation', 200, 64" in line and "/map/" in line for line in measured)
 
 
-@pytest.mark.parametrize("arm, flags", [*CORE.items(), *OTHERS.items(), *MAP.items()])
-def test_every_arm_is_what_its_name_says(arm, flags):
-    s = parse_flags(TrainSettings, "train", flags)
-    check(s)
-    line = "entropy advantage" in arm or "kappa" in arm or "alpha" in arm
-    assert (s.alpha > 0) == line and s.algo == ("ppo" if arm.startswith("PPO") else "grpo")
-    if match := re.fullmatch(r"(alpha|kappa) (\S+)", arm):
-        assert getattr(s, match[1]) == float(match[2])
-    if arm in AGAINST:                                                      # the two differ in what the name says, no more
-        other = parse_flags(TrainSettings, "train", ({**CORE, **OTHERS, **MAP})[AGAINST[arm]])
-        differ = {name for name in vars(s) if getattr(s, name) != getattr(other, name)}
-        assert differ == {"alpha"} if " + entropy advantage" in arm else (
-            differ == {"beta": {"entropy_coef"}, "alpha": {"alpha"}, "kappa": {"alpha", "kappa"}}.get(arm.split()[0], differ)
-            and len(differ) == 1 + ("kappa" in arm))
+WANTED = {GRPO: dict(alpha=0.0), LINE: {}, PPO: dict(algo="ppo", alpha=0.0), "PPO + entropy advantage": dict(algo="ppo", alpha=0.1),
+          "GRPO + entropy regularisation": dict(alpha=0.0, entropy_coef=0.003),
+          "GRPO without clip-higher": dict(alpha=0.0, clip_high=0.2)} | {
+          f"beta {b}": dict(alpha=0.0, entropy_coef=b) for b in (0.003, 0.01, 0.03)} | {
+          "alpha 1": dict(alpha=1.0), "alpha 2": dict(alpha=2.0), "kappa 1.5": dict(kappa=1.5), "kappa 4": dict(kappa=4.0)} | {
+          name + ending: changed | alpha for ending, alpha in (("", dict(alpha=0.0)), (" + entropy advantage", {}))
+          for name, changed in {"steps x 3": dict(steps=300), "lr 1e-4, minibatch 2": dict(lr=1e-4, minibatch=2),
+                                "hard": dict(task="countdown-hard"), "easy": dict(task="countdown-easy")}.items()}
+
+
+def test_every_arm_is_what_its_name_says():
+    assert set(WANTED) == {*CORE, *OTHERS, *MAP}
+    for arm, flags in {**CORE, **OTHERS, **MAP}.items():
+        s = parse_flags(TrainSettings, "train", flags)
+        check(s)
+        assert vars(s) == vars(TrainSettings()) | WANTED[arm], arm
+    assert AGAINST["PPO + entropy advantage"] == PPO and AGAINST["hard + entropy advantage"] == "hard"
+    assert {AGAINST[arm] for arm in (LINE, "GRPO without clip-higher", "alpha 2", "beta 0.01")} == {GRPO}
 
 
 def test_arms_have_file_names_that_do_not_collide():
@@ -228,27 +264,29 @@ def test_pictures_are_drawn(tmp_path):
 
 RESULTS, README = Path("lab/RESULTS.md"), Path("README.md")
 SAVED = {arm: found for arm in ("base", *CORE, *OTHERS) if (found := read(Path("lab/results"), arm))}
+TRIED = {arm: found for arm in (*CORE, *MAP) if (found := read(Path("lab/results/map"), arm))}
 
 
 def test_the_published_tables_come_from_the_saved_counts():
     published, readme, blocks = RESULTS.read_text(), README.read_text(), tables(Path("lab/results")).split("\n\n")
-    for block in blocks:
+    for block in [*blocks, *map_tables(Path("lab/results")).split("\n\n")]:
         assert block in published, block
     rates, differences, _, behaviour, *_ = (block.splitlines() for block in blocks)
-    for line in [*rates[:5], *differences[:4], *behaviour]:                 # the core: base, GRPO, GRPO + entropy advantage
-        assert (line if line not in behaviour else "| " + " | ".join(line.strip("| ").split(" | ")[:5]) + " |") in readme, line
+    narrow = ["| " + " | ".join(line.strip("| ").split(" | ")[:5]) + " |" for line in behaviour]
+    for line in [*rates[:5], *differences[:4], *narrow]:                    # the core: base, GRPO, GRPO + entropy advantage
+        assert line in readme, line
 
 
 def test_the_saved_counts_are_whole_and_of_what_they_say():
-    assert list(SAVED["base"]) == [0] and all(list(SAVED[arm]) == [0, 1, 2, 3, 4] for arm in CORE)
-    for arm, found in SAVED.items():
-        for seed, record in found.items():
-            assert len(record["solved"]) == 200 and record["samples"] == 256 and record["split"] == "test"
-            assert all(0 <= count <= 256 for count in record["solved"]) and set(FIGURES) <= set(record)
+    assert list(SAVED["base"]) == [0] and all(list(SAVED[arm]) == list(TRIED[arm]) == [0, 1, 2, 3, 4] for arm in CORE)
+    for arms, split, samples in ((SAVED, "test", 256), (TRIED, "validation", 64)):
+        for arm, seed, record in ((arm, seed, record) for arm, found in arms.items() for seed, record in found.items()):
+            assert len(record["solved"]) == 200 and record["samples"] == samples and record["split"] == split
+            assert all(0 <= count <= samples for count in record["solved"]) and set(FIGURES) <= set(record)
             if arm != "base":
-                s = parse_flags(TrainSettings, "train", [*{**CORE, **OTHERS}[arm], "--seed", str(seed), "--final-samples", "8",
-                                                         "--eval-problems", "20"])
-                assert record["run"] == run_name(s) and len(record["curves"]["reward"]) == s.steps
+                s = parse_flags(TrainSettings, "train", [*{**CORE, **OTHERS, **MAP}[arm], "--seed", str(seed), "--final-samples", "8"])
+                assert len(record["curves"]["reward"]) == s.steps           # the earliest runs validated on all 200 problems
+                assert record["run"] in (run_name(s), run_name(dataclasses.replace(s, eval_problems=20)))
 
 
 def test_what_is_said_of_the_effect_is_what_the_intervals_bear():
@@ -266,13 +304,12 @@ def test_what_is_said_of_the_effect_is_what_the_intervals_bear():
 
 def test_the_same_seed_made_the_same_weights_twice():
     """Two sessions trained seed 0 of the core on their own, with other validations on the way; other seeds differ."""
-    other = {arm: read(Path("lab/results/map"), arm)[0] for arm in CORE}
     for arm in CORE:
-        assert other[arm]["weights"] == SAVED[arm][0]["weights"]
-        assert SAVED[arm][0]["curves"].items() <= other[arm]["curves"].items()
-        assert other[arm]["run"] != SAVED[arm][0]["run"]                    # the validations
-    assert len({record["weights"] for arm, found in SAVED.items() if arm != "base" for record in found.values()}) == sum(
-        len(found) for arm, found in SAVED.items() if arm != "base")
+        assert SAVED[arm][0]["curves"].items() <= TRIED[arm][0]["curves"].items()
+        assert TRIED[arm][0]["run"] != SAVED[arm][0]["run"]                 # the validations
+        assert [r["weights"] for r in TRIED[arm].values()] == [r["weights"] for r in SAVED[arm].values()]
+    digests = [record["weights"] for arm, found in SAVED.items() if arm != "base" for record in found.values()]
+    assert len(set(digests)) == len(digests)
 
 
 def test_intervals_of_the_saved_counts_by_another_way():
@@ -281,4 +318,4 @@ def test_intervals_of_the_saved_counts_by_another_way():
     mean, half = statistics.mean(rates), 1.96 * statistics.stdev(rates) / len(rates) ** 0.5
     line = next(line for line in tables(Path("lab/results")).splitlines() if line.startswith("| base"))
     printed = [float(x) for x in re.findall(r"[0-9.]+(?=[ ,\]])", line.split("|")[2])]
-    assert printed == pytest.approx([mean, mean - half, mean + half], abs=0.002)
+    assert printed == pytest.approx([mean, mean - half, mean + half], abs=0.0006)
