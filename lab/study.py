@@ -142,7 +142,7 @@ def work(arm: str, seed: int, flags: list[str] | None, target: str, s: Settings)
                  *(["--steps", "3", "--critic-warmup", "1"] if s.quick else [])]
         if not Path(folder).exists():
             run("train.py", "--out", s.runs, "--name", key(arm, seed), *flags)
-        elif train.run_name(resumed(folder, [], train.Settings)) == train.run_name(parse_flags(train.Settings, folder, flags)):
+        elif train.run_name(resumed(folder, [], train.Settings)) == train.run_name(parse_flags(train.Settings, __doc__, flags)):
             run("train.py", "--resume", folder)                 # begun, and perhaps finished
         else:
             raise ValueError(f"{folder} is not a run of {arm}: its settings are others; move it away")
@@ -269,7 +269,7 @@ def figures(results: Path, out: Path) -> list[Path]:
     curves = lambda record: {name: dict(enumerate(values, 1)) for name, values in record["curves"].items()}
     runs = {f"{arm} ({len(found)})": [{"model": "base", "curves": curves(record), "final": {"models": {
         "base": arms["base"][0], "trained": record}}} for record in found] for arm, found in arms.items() if arm != "base"}
-    written = draw(runs, out, "the test problems")
+    written = draw(runs, out, f"the {arms['base'][0]['split']} problems")
     from matplotlib.figure import Figure                        # there, as `draw` has not complained
     names = [name for name, value in arms["base"][0].items() if isinstance(value, float)]
     figure = Figure((15, 8), layout="constrained")
