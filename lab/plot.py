@@ -4,8 +4,7 @@
     pass_at_k.png  Pass@K on the validation problems, before and after, with 95 % intervals over problems
 
 Runs whose settings differ only in the seed are drawn together: the mean as a line, the smallest and largest as a band.
-A folder given twice counts once.
-Lines differ in dashes and markers as well as in shade, so that a print without colours can be read.
+A folder given twice counts once. Lines differ in dashes and markers as well as in shade, for prints without colours.
 """
 
 import dataclasses

@@ -9,9 +9,8 @@ Run it when the settings are frozen, not before. Fixed beforehand: the primary o
 entropy advantage minus those of GRPO, with the t interval over seeds. Everything else is secondary.
 
 Each finished run leaves ARM-SEED.json.gz in lab/results/: right answers per problem, what the responses did, the training
-curves, a digest of the weights. A run that has left its file is not done again, and one whose training was stopped goes on
-from its last save, so an interrupted study goes on where it was, today or another day. Two single-threaded processes work
-side by side, the core (GRPO without the line and with it) first. Seeds vary data order and sampling, the base is the same.
+curves, a digest of the weights. An interrupted study goes on where it was. Two single-threaded processes work side by side,
+the core (GRPO without the line and with it) first. Seeds vary data order and sampling, the base is the same.
 """
 
 import concurrent.futures
@@ -48,8 +47,9 @@ PAIRS = {"steps x 3": ["--steps", "300"], "lr 1e-4, minibatch 2": ["--lr", "1e-4
 MAP = {f"beta {b}": ["--alpha", "0", "--entropy-coef", b] for b in ("0.003", "0.01", "0.03")} | {
     f"{name} {x}": [f"--{name}", x] for name, x in (("alpha", "1"), ("alpha", "2"), ("kappa", "1.5"), ("kappa", "4"))} | {
     name + line: flags + CORE[GRPO + line] for name, flags in PAIRS.items() for line in ("", ENDING)}
+FRESH = {"fresh GRPO": ["--alpha", "0"], "fresh kappa 4": ["--kappa", "4"]}                 # the map's best, seeds 5 to 9
 AGAINST = {arm: arm.removesuffix(ENDING) if arm.endswith(ENDING) else GRPO for arm in (LINE, *OTHERS, *MAP)
-           if arm not in (PPO, *PAIRS)}
+           if arm not in (PPO, *PAIRS)} | {"fresh kappa 4": "fresh GRPO"}
 GROUP, ALPHA, KAPPA = 16, 0.4, 2.0          # what `Watch` asks about, of any model
 KS = (1, 4, 16, 64, 128)
 T_975 = (np.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -124,7 +124,8 @@ def jobs(s: Settings) -> list[tuple[str, int, list[str] | None, str]]:
     """What is left to do, in this order: arm, seed, train.py's flags (None: it is the base), where the counts go."""
     core = [(arm, seed, flags) for seed in range(s.seeds) for arm, flags in CORE.items()]
     found = [*core, *((arm, 0, flags) for arm, flags in MAP.items())] if s.map else [
-        ("base", 0, None), *core, *((arm, seed, flags) for arm, flags in OTHERS.items() for seed in range(s.other_seeds))]
+        ("base", 0, None), *core, *((arm, seed, flags) for arm, flags in OTHERS.items() for seed in range(s.other_seeds)),
+        *((arm, seed, flags) for seed in range(5, 10)[:s.seeds] for arm, flags in FRESH.items())]
     known, wanted = {key(arm) for arm, *_ in found}, set(filter(None, s.arms.split(",")))
     if wanted - known:
         raise ValueError(f"no arm is called {', '.join(sorted(wanted - known))}; there are {', '.join(sorted(known))}")
@@ -225,7 +226,7 @@ def compared(arms: dict[str, dict]) -> list[str]:
 
 def tables(results: Path) -> str:
     """The results as Markdown tables, from the saved counts alone; arms without counts are left out."""
-    arms = {arm: found for arm in ("base", *CORE, *OTHERS) if (found := read(results, arm))}
+    arms = {arm: found for arm in ("base", *CORE, *OTHERS, *FRESH) if (found := read(results, arm))}
     if "base" not in arms or not set(arms.get(GRPO, ())) & set(arms.get(LINE, ())):
         raise ValueError(f"{results} needs saved counts of the base, and of {GRPO} and {LINE} with one seed in common at least")
     blocks = compared(arms) + [table(["one run", *(f"Pass@{k}" for k in KS)], [

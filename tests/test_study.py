@@ -17,8 +17,8 @@ import torch
 import lab.study
 from evaluate import parse_flags
 from lab.pretrain import Behaviour
-from lab.study import (AGAINST, CORE, CURVES, GRPO, LINE, MAP, OTHERS, PPO, T_975, Settings, Watch, compared, figures, key,
-                       map_tables, measure, passes, read, study, tables)
+from lab.study import (AGAINST, CORE, CURVES, FRESH, GRPO, LINE, MAP, OTHERS, PPO, T_975, Settings, Watch, compared, figures,
+                       key, map_tables, measure, passes, read, study, tables)
 from rollout import Episode
 from task import Problem, load_task
 from train import Settings as TrainSettings
@@ -165,7 +165,7 @@ def test_a_failed_run_stops_the_study(tmp_path, monkeypatch):
     monkeypatch.setattr(lab.study.subprocess, "run", fail)
     with pytest.raises(lab.study.subprocess.CalledProcessError):
         study(Settings(seeds=10, runs=str(tmp_path / "runs"), results=str(tmp_path / "results"), processes=1))
-    assert len(started) <= 6                                                # of 33
+    assert len(started) <= 6                                                # of 43
 
 
 def test_what_cannot_be_is_named(tmp_path, capsys):
@@ -175,7 +175,7 @@ def test_what_cannot_be_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_flags(Settings, "study", ["--seeds", "11"])
     assert "argument --seeds: invalid choice: 11 (choose from 1, 2, " in capsys.readouterr().err
-    with pytest.raises(ValueError, match="no arm is called grpoo; there are base, grpo, "):
+    with pytest.raises(ValueError, match="no arm is called grpoo; there are base, fresh-grpo, "):
         study(Settings(arms="grpo,grpoo"))
 
 
@@ -203,17 +203,20 @@ def test_a_study_does_what_is_left_core_first_and_goes_on_with_what_was_begun(tm
     assert trained == ["grpo-entropy-advantage-0 --seed 0", "grpo-entropy-advantage-1 --seed 1",
                        "grpo-entropy-regularisation-0 --seed 0 --alpha 0 --entropy-coef 0.003",
                        "grpo-without-clip-higher-0 --seed 0 --alpha 0 --clip-high 0.2",
-                       "ppo-0 --seed 0 --algo ppo --alpha 0", "ppo-entropy-advantage-0 --seed 0 --algo ppo"]
+                       "ppo-0 --seed 0 --algo ppo --alpha 0", "ppo-entropy-advantage-0 --seed 0 --algo ppo",
+                       "fresh-grpo-5 --seed 5 --alpha 0", "fresh-kappa-4-5 --seed 5 --kappa 4",
+                       "fresh-grpo-6 --seed 6 --alpha 0", "fresh-kappa-4-6 --seed 6 --kappa 4"]
     measured = [re.search(r"results/(\S+?)\.json\.gz', 'test', 200, 256", line)[1] for line in lines if line.startswith("-c")]
     assert measured == ["base-0", "grpo-entropy-advantage-0", "grpo-1", "grpo-entropy-advantage-1", "grpo-entropy-regularisation-0",
-                        "grpo-without-clip-higher-0", "ppo-0", "ppo-entropy-advantage-0"]
+                        "grpo-without-clip-higher-0", "ppo-0", "ppo-entropy-advantage-0", "fresh-grpo-5", "fresh-kappa-4-5",
+                        "fresh-grpo-6", "fresh-kappa-4-6"]
 
 
 @pytest.mark.parametrize("s", [dict(), dict(map=True), dict(quick=True), dict(quick=True, map=True)])
 def test_every_training_command_is_valid(tmp_path, monkeypatch, s):
     lines = recorded(monkeypatch, Settings(runs=str(tmp_path), results=str(tmp_path), processes=1, **s))
     trained = [line.split()[1:] for line in lines if line.startswith("train.py")]
-    assert len(trained) == 10 + (len(MAP) if "map" in s else 3 * len(OTHERS))
+    assert len(trained) == 10 + (len(MAP) if "map" in s else 3 * len(OTHERS) + 5 * len(FRESH))
     assert all(("'test'" in line) == (s == {}) for line in lines if line.startswith("-c"))         # never in passing
     for flags in trained:
         check(parse_flags(TrainSettings, "train", flags))
@@ -227,7 +230,8 @@ def test_the_map_stays_on_validation(tmp_path, monkeypatch):
 
 WANTED = {GRPO: dict(alpha=0.0), LINE: {}, PPO: dict(algo="ppo", alpha=0.0), "PPO + entropy advantage": dict(algo="ppo", alpha=0.1),
           "GRPO + entropy regularisation": dict(alpha=0.0, entropy_coef=0.003),
-          "GRPO without clip-higher": dict(alpha=0.0, clip_high=0.2)} | {
+          "GRPO without clip-higher": dict(alpha=0.0, clip_high=0.2),
+          "fresh GRPO": dict(alpha=0.0), "fresh kappa 4": dict(kappa=4.0)} | {
           f"beta {b}": dict(alpha=0.0, entropy_coef=b) for b in (0.003, 0.01, 0.03)} | {
           "alpha 1": dict(alpha=1.0), "alpha 2": dict(alpha=2.0), "kappa 1.5": dict(kappa=1.5), "kappa 4": dict(kappa=4.0)} | {
           name + ending: changed | alpha for ending, alpha in (("", dict(alpha=0.0)), (" + entropy advantage", {}))
@@ -236,17 +240,18 @@ WANTED = {GRPO: dict(alpha=0.0), LINE: {}, PPO: dict(algo="ppo", alpha=0.0), "PP
 
 
 def test_every_arm_is_what_its_name_says():
-    assert set(WANTED) == {*CORE, *OTHERS, *MAP}
-    for arm, flags in {**CORE, **OTHERS, **MAP}.items():
+    assert set(WANTED) == {*CORE, *OTHERS, *MAP, *FRESH}
+    for arm, flags in {**CORE, **OTHERS, **MAP, **FRESH}.items():
         s = parse_flags(TrainSettings, "train", flags)
         check(s)
         assert vars(s) == vars(TrainSettings()) | WANTED[arm], arm
     assert AGAINST["PPO + entropy advantage"] == PPO and AGAINST["hard + entropy advantage"] == "hard"
+    assert AGAINST["fresh kappa 4"] == "fresh GRPO" and AGAINST["kappa 4"] == GRPO and "fresh GRPO" not in AGAINST
     assert {AGAINST[arm] for arm in (LINE, "GRPO without clip-higher", "alpha 2", "beta 0.01")} == {GRPO}
 
 
 def test_arms_have_file_names_that_do_not_collide():
-    assert len({key(arm, 1) for arm in ("base", *CORE, *OTHERS, *MAP)}) == 1 + len(CORE) + len(OTHERS) + len(MAP)
+    assert len({key(arm, 1) for arm in ("base", *CORE, *OTHERS, *MAP, *FRESH)}) == 1 + len({**CORE, **OTHERS, **MAP, **FRESH})
     assert key(GRPO, 0) == "grpo-0" and key("lr 1e-4, minibatch 2 + entropy advantage", 2) == "lr-1e-4-minibatch-2-entropy-advantage-2"
 
 
@@ -263,7 +268,7 @@ def test_pictures_are_drawn(tmp_path):
 
 
 RESULTS, README = Path("lab/RESULTS.md"), Path("README.md")
-SAVED = {arm: found for arm in ("base", *CORE, *OTHERS) if (found := read(Path("lab/results"), arm))}
+SAVED = {arm: found for arm in ("base", *CORE, *OTHERS, *FRESH) if (found := read(Path("lab/results"), arm))}
 TRIED = {arm: found for arm in (*CORE, *MAP) if (found := read(Path("lab/results/map"), arm))}
 
 
@@ -279,13 +284,15 @@ def test_the_published_tables_come_from_the_saved_counts():
 
 def test_the_saved_counts_are_whole_and_of_what_they_say():
     assert list(SAVED["base"]) == [0] and all(list(SAVED[arm]) == list(TRIED[arm]) == [0, 1, 2, 3, 4] for arm in CORE)
+    assert all(list(SAVED[arm]) == [5, 6, 7, 8, 9] for arm in FRESH if arm in SAVED)
     for arms, split, samples in ((SAVED, "test", 256), (TRIED, "validation", 64)):
         for arm, seed, record in ((arm, seed, record) for arm, found in arms.items() for seed, record in found.items()):
             problems = 107 if arm.startswith("easy") else 200               # countdown-easy has no more for validation
             assert len(record["solved"]) == problems and record["samples"] == samples and record["split"] == split
             assert all(0 <= count <= samples for count in record["solved"]) and set(FIGURES) <= set(record)
             if arm != "base":
-                s = parse_flags(TrainSettings, "train", [*{**CORE, **OTHERS, **MAP}[arm], "--seed", str(seed), "--final-samples", "8"])
+                s = parse_flags(TrainSettings, "train", [*{**CORE, **OTHERS, **MAP, **FRESH}[arm], "--seed", str(seed),
+                                                            "--final-samples", "8"])
                 assert len(record["curves"]["reward"]) == s.steps           # the earliest runs validated on all 200 problems
                 assert record["run"] in (run_name(s), run_name(dataclasses.replace(s, eval_problems=20)))
 
