@@ -284,6 +284,7 @@ def test_the_published_tables_come_from_the_saved_counts():
 
 def test_the_saved_counts_are_whole_and_of_what_they_say():
     assert list(SAVED["base"]) == [0] and all(list(SAVED[arm]) == list(TRIED[arm]) == [0, 1, 2, 3, 4] for arm in CORE)
+    assert all(list(SAVED[arm]) == [0, 1, 2] for arm in OTHERS)
     assert all(list(SAVED[arm]) == [5, 6, 7, 8, 9] for arm in FRESH if arm in SAVED)
     for arms, split, samples in ((SAVED, "test", 256), (TRIED, "validation", 64)):
         for arm, seed, record in ((arm, seed, record) for arm, found in arms.items() for seed, record in found.items()):
@@ -298,14 +299,15 @@ def test_the_saved_counts_are_whole_and_of_what_they_say():
 
 
 def test_what_is_said_of_the_effect_is_what_the_intervals_bear():
-    """Both primary intervals contain 0, and README and RESULTS say "no difference" with them."""
-    values = {arm: passes(SAVED[arm]) for arm in CORE}
-    gain = np.stack([values[LINE][seed].mean(0) - values[GRPO][seed].mean(0) for seed in range(5)])        # [seeds, K]
-    for k, name in ((0, "Pass@1"), (3, "Pass@64")):
-        mean, half = statistics.mean(gain[:, k]), 2.776 * statistics.stdev(gain[:, k]) / 5 ** 0.5
-        assert mean - half < 0 < mean + half
-        said = f"{name} {mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f}".replace("-", "−")
-        assert said in " ".join(README.read_text().split()) and said in " ".join(RESULTS.read_text().split()), said
+    """The intervals of GRPO and of PPO contain 0, and README and RESULTS say "no difference" with them."""
+    values = {arm: passes(found) for arm, found in SAVED.items()}
+    for with_line, without, t, seeds in ((LINE, GRPO, 2.776, range(5)), ("PPO + entropy advantage", PPO, 4.303, range(3))):
+        gain = np.stack([values[with_line][seed].mean(0) - values[without][seed].mean(0) for seed in seeds])     # [seeds, K]
+        for k, name in ((0, "Pass@1"), (3, "Pass@64")):
+            mean, half = statistics.mean(gain[:, k]), t * statistics.stdev(gain[:, k]) / len(seeds) ** 0.5
+            assert mean - half < 0 < mean + half
+            said = f"{name} {mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f}".replace("-", "−")
+            assert said in " ".join(README.read_text().split()) and said in " ".join(RESULTS.read_text().split()), said
     assert "no difference that five seeds can show" in " ".join(README.read_text().split())
     assert "**No difference that five seeds can show.**" in RESULTS.read_text()
 
