@@ -47,7 +47,7 @@ PAIRS = {"steps x 3": ["--steps", "300"], "lr 1e-4, minibatch 2": ["--lr", "1e-4
 MAP = {f"beta {b}": ["--alpha", "0", "--entropy-coef", b] for b in ("0.003", "0.01", "0.03")} | {
     f"{name} {x}": [f"--{name}", x] for name, x in (("alpha", "1"), ("alpha", "2"), ("kappa", "1.5"), ("kappa", "4"))} | {
     name + line: flags + CORE[GRPO + line] for name, flags in PAIRS.items() for line in ("", ENDING)}
-FRESH = {"fresh GRPO": ["--alpha", "0"], "fresh kappa 4": ["--kappa", "4"]}                 # the map's best, seeds 5 to 9
+FRESH = {"fresh GRPO": ["--alpha", "0"], "fresh kappa 4": ["--kappa", "4"]}     # the map's best: Pass@16, seeds 5 to 9
 AGAINST = {arm: arm.removesuffix(ENDING) if arm.endswith(ENDING) else GRPO for arm in (LINE, *OTHERS, *MAP)
            if arm not in (PPO, *PAIRS)} | {"fresh kappa 4": "fresh GRPO"}
 GROUP, ALPHA, KAPPA = 16, 0.4, 2.0          # what `Watch` asks about, of any model
