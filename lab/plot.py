@@ -86,15 +86,13 @@ def pass_curve(runs: list[dict], model: str) -> np.ndarray:
 
 def draw(groups: dict[str, list[dict]], out: Path, problems: str = "validation") -> list[Path]:
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("pictures need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "curves.png", out / "pass_at_k.png"]
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
+    figure = Figure((12, 6.5), layout="constrained")
+    axes = figure.subplots(2, 3)
     for axis, (name, label) in zip(axes.flat, (p for p in PANELS if all(p[0] in r["curves"] for runs in groups.values() for r in runs))):
         for style, (group, runs) in zip(STYLES * len(groups), groups.items()):
             step, mean, low, high = band([run["curves"][name] for run in runs]).T
@@ -104,12 +102,12 @@ def draw(groups: dict[str, list[dict]], out: Path, problems: str = "validation")
         axis.grid(color="0.9")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(written[0], dpi=110)
-    plt.close(figure)
 
     finished = {group: found for group, runs in groups.items() if (found := [run for run in runs if run["final"]])}
     if not finished:
         return written[:1]
-    figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
+    figure = Figure((7, 5), layout="constrained")
+    axis = figure.subplots()
     models = {run["model"]: run for runs in finished.values() for run in runs}
     curves = {Path(model).name: pass_curve([run], "base") for model, run in models.items()}
     curves |= {group: pass_curve(runs, "trained") for group, runs in finished.items()}
@@ -124,7 +122,6 @@ def draw(groups: dict[str, list[dict]], out: Path, problems: str = "validation")
     axis.grid(color="0.9")
     axis.legend(frameon=False)
     figure.savefig(written[1], dpi=110)
-    plt.close(figure)
     return written
 
 

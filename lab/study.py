@@ -5,12 +5,12 @@
     python -m lab.study --tables    only prints the tables and draws the figures, from the saved counts
     python -m lab.study --quick     a miniature of all this, in minutes, in runs/quick: to see that it works
 
-Run it when the settings are frozen, not before. Fixed beforehand: the primary outcome is Pass@1 and Pass@64 of GRPO with the
-entropy advantage minus those of GRPO, with the t interval over seeds. Everything else is secondary.
+Fixed before it ran: the primary outcome is Pass@1 and Pass@64 of GRPO with the entropy advantage minus those of GRPO, with
+the t interval over seeds; all else is secondary. Fixed later, before fresh seeds ran with the line: the same again, Pass@16
+with kappa 4 (where the map saw the line gain most), Pass@64 on hard problems (where it saw the line lose most).
 
-Each finished run leaves ARM-SEED.json.gz in lab/results/: right answers per problem, what the responses did, the training
-curves, a digest of the weights. An interrupted study goes on where it was. Two single-threaded processes work side by side,
-the core (GRPO without the line and with it) first. Seeds vary data order and sampling, the base is the same.
+Each finished run leaves ARM-SEED.json.gz in lab/results/ (right answers per problem, what responses did, curves, a digest of
+the weights), so an interrupted study goes on where it was. Seeds vary data order and sampling, the base is the same.
 """
 
 import concurrent.futures
@@ -47,9 +47,10 @@ PAIRS = {"steps x 3": ["--steps", "300"], "lr 1e-4, minibatch 2": ["--lr", "1e-4
 MAP = {f"beta {b}": ["--alpha", "0", "--entropy-coef", b] for b in ("0.003", "0.01", "0.03")} | {
     f"{name} {x}": [f"--{name}", x] for name, x in (("alpha", "1"), ("alpha", "2"), ("kappa", "1.5"), ("kappa", "4"))} | {
     name + line: flags + CORE[GRPO + line] for name, flags in PAIRS.items() for line in ("", ENDING)}
-FRESH = {"fresh GRPO": ["--alpha", "0"], "fresh kappa 4": ["--kappa", "4"]}     # the map's best: Pass@16, seeds 5 to 9
+FRESH = {"fresh " + arm: (CORE | MAP)[arm] for arm in (GRPO, LINE, "kappa 4", "hard", "hard" + ENDING)}         # seeds 5 to 9
 AGAINST = {arm: arm.removesuffix(ENDING) if arm.endswith(ENDING) else GRPO for arm in (LINE, *OTHERS, *MAP)
-           if arm not in (PPO, *PAIRS)} | {"fresh kappa 4": "fresh GRPO"}
+           if arm not in (PPO, *PAIRS)}
+AGAINST |= {"fresh " + arm: "fresh " + other for arm, other in AGAINST.items() if "fresh " + arm in FRESH}
 GROUP, ALPHA, KAPPA = 16, 0.4, 2.0          # what `Watch` asks about, of any model
 KS = (1, 4, 16, 64, 128)
 T_975 = (np.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -207,7 +208,7 @@ def compared(arms: dict[str, dict]) -> list[str]:
     """Two tables of arms that have counts, {arm: {seed: record}}: their Pass@K, and each against its baseline. Where an arm
     has one run only, the variance of a run is taken from the core arms, as if it were the same in all."""
     rate, also, rows = {arm: passes(found) for arm, found in arms.items()}, ("tokens per response", "entropy in nats"), []
-    one, *_ = arms[GRPO].values()
+    one = next(record for found in arms.values() for record in found.values())
     titles = [f"Pass@{k}" for k in KS if k <= one["samples"]]
     core = [np.stack(list(rate[arm].values())).mean(1) for arm in CORE if arm in rate]              # [seeds, K] each
     freedom = sum(map(len, core)) - len(core)
@@ -225,13 +226,14 @@ def compared(arms: dict[str, dict]) -> list[str]:
 
 
 def tables(results: Path) -> str:
-    """The results as Markdown tables, from the saved counts alone; arms without counts are left out."""
-    arms = {arm: found for arm in ("base", *CORE, *OTHERS, *FRESH) if (found := read(results, arm))}
+    """Markdown tables, from the saved counts alone, of the arms that have some; the last: fresh seeds, then all of the core."""
+    arms, fresh = ({arm: found for arm in some if (found := read(results, arm))} for some in (("base", *CORE, *OTHERS), FRESH))
+    together = {arm: read(results, arm) | fresh.get("fresh " + arm, {}) for arm in CORE}
     if "base" not in arms or not set(arms.get(GRPO, ())) & set(arms.get(LINE, ())):
         raise ValueError(f"{results} needs saved counts of the base, and of {GRPO} and {LINE} with one seed in common at least")
     blocks = compared(arms) + [table(["one run", *(f"Pass@{k}" for k in KS)], [
         [f"{arm}, seed {seed}", *(f"{x:.3f}" for x in values.mean(0))]
-        for arm, found in arms.items() if arm != "base" for seed, values in passes(found).items()])]
+        for arm, found in (arms | fresh).items() if arm != "base" for seed, values in passes(found).items()])]
 
     names = [name for name, value in arms["base"][0].items() if isinstance(value, float)]
     figure = {arm: {seed: np.array([r[name] for name in names]) for seed, r in found.items()} for arm, found in arms.items()}
@@ -254,7 +256,8 @@ def tables(results: Path) -> str:
         for first in range(0, len(curves[0]["reward"]), 20):
             known = [[x for c in curves for x in c.get(name, [])[first:first + 20] if x is not None] for name in CURVES]
             rows.append([f"{arm}, steps {first + 1} to {first + 20}", *(f"{np.mean(x):.3g}" if x else "–" for x in known)])
-    return "\n\n".join([*blocks, table(["training, mean over seeds", *CURVES], rows)])
+    blocks.append(table(["training, mean over seeds", *CURVES], rows))
+    return "\n\n".join(blocks + (compared(fresh) + compared(together) if fresh else []))
 
 
 def map_tables(results: Path) -> str:

@@ -165,7 +165,7 @@ def test_a_failed_run_stops_the_study(tmp_path, monkeypatch):
     monkeypatch.setattr(lab.study.subprocess, "run", fail)
     with pytest.raises(lab.study.subprocess.CalledProcessError):
         study(Settings(seeds=10, runs=str(tmp_path / "runs"), results=str(tmp_path / "results"), processes=1))
-    assert len(started) <= 6                                                # of 43
+    assert len(started) <= 6                                                # of 58
 
 
 def test_what_cannot_be_is_named(tmp_path, capsys):
@@ -204,12 +204,14 @@ def test_a_study_does_what_is_left_core_first_and_goes_on_with_what_was_begun(tm
                        "grpo-entropy-regularisation-0 --seed 0 --alpha 0 --entropy-coef 0.003",
                        "grpo-without-clip-higher-0 --seed 0 --alpha 0 --clip-high 0.2",
                        "ppo-0 --seed 0 --algo ppo --alpha 0", "ppo-entropy-advantage-0 --seed 0 --algo ppo",
-                       "fresh-grpo-5 --seed 5 --alpha 0", "fresh-kappa-4-5 --seed 5 --kappa 4",
-                       "fresh-grpo-6 --seed 6 --alpha 0", "fresh-kappa-4-6 --seed 6 --kappa 4"]
+                       *(f"fresh-{arm.format(seed)}" for seed in (5, 6) for arm in (
+                           "grpo-{0} --seed {0} --alpha 0", "grpo-entropy-advantage-{0} --seed {0}",
+                           "kappa-4-{0} --seed {0} --kappa 4", "hard-{0} --seed {0} --task countdown-hard --alpha 0",
+                           "hard-entropy-advantage-{0} --seed {0} --task countdown-hard"))]
     measured = [re.search(r"results/(\S+?)\.json\.gz', 'test', 200, 256", line)[1] for line in lines if line.startswith("-c")]
     assert measured == ["base-0", "grpo-entropy-advantage-0", "grpo-1", "grpo-entropy-advantage-1", "grpo-entropy-regularisation-0",
-                        "grpo-without-clip-higher-0", "ppo-0", "ppo-entropy-advantage-0", "fresh-grpo-5", "fresh-kappa-4-5",
-                        "fresh-grpo-6", "fresh-kappa-4-6"]
+                        "grpo-without-clip-higher-0", "ppo-0", "ppo-entropy-advantage-0", *(f"fresh-{arm}-{seed}" for seed in (5, 6)
+                        for arm in ("grpo", "grpo-entropy-advantage", "kappa-4", "hard", "hard-entropy-advantage"))]
 
 
 @pytest.mark.parametrize("s", [dict(), dict(map=True), dict(quick=True), dict(quick=True, map=True)])
@@ -231,7 +233,8 @@ def test_the_map_stays_on_validation(tmp_path, monkeypatch):
 WANTED = {GRPO: dict(alpha=0.0), LINE: {}, PPO: dict(algo="ppo", alpha=0.0), "PPO + entropy advantage": dict(algo="ppo", alpha=0.1),
           "GRPO + entropy regularisation": dict(alpha=0.0, entropy_coef=0.003),
           "GRPO without clip-higher": dict(alpha=0.0, clip_high=0.2),
-          "fresh GRPO": dict(alpha=0.0), "fresh kappa 4": dict(kappa=4.0)} | {
+          "fresh GRPO": dict(alpha=0.0), "fresh GRPO + entropy advantage": {}, "fresh kappa 4": dict(kappa=4.0),
+          "fresh hard": dict(task="countdown-hard", alpha=0.0), "fresh hard + entropy advantage": dict(task="countdown-hard")} | {
           f"beta {b}": dict(alpha=0.0, entropy_coef=b) for b in (0.003, 0.01, 0.03)} | {
           "alpha 1": dict(alpha=1.0), "alpha 2": dict(alpha=2.0), "kappa 1.5": dict(kappa=1.5), "kappa 4": dict(kappa=4.0)} | {
           name + ending: changed | alpha for ending, alpha in (("", dict(alpha=0.0)), (" + entropy advantage", {}))
@@ -246,7 +249,8 @@ def test_every_arm_is_what_its_name_says():
         check(s)
         assert vars(s) == vars(TrainSettings()) | WANTED[arm], arm
     assert AGAINST["PPO + entropy advantage"] == PPO and AGAINST["hard + entropy advantage"] == "hard"
-    assert AGAINST["fresh kappa 4"] == "fresh GRPO" and AGAINST["kappa 4"] == GRPO and "fresh GRPO" not in AGAINST
+    assert AGAINST["fresh kappa 4"] == AGAINST["fresh GRPO + entropy advantage"] == "fresh GRPO" and AGAINST["kappa 4"] == GRPO
+    assert AGAINST["fresh hard + entropy advantage"] == "fresh hard" and not {"fresh GRPO", "fresh hard"} & set(AGAINST)
     assert {AGAINST[arm] for arm in (LINE, "GRPO without clip-higher", "alpha 2", "beta 0.01")} == {GRPO}
 
 
