@@ -303,17 +303,29 @@ def test_the_saved_counts_are_whole_and_of_what_they_say():
 
 
 def test_what_is_said_of_the_effect_is_what_the_intervals_bear():
-    """The intervals of GRPO and of PPO contain 0, and README and RESULTS say "no difference" with them."""
+    """All intervals of the primary outcomes contain 0, and README and RESULTS say "no difference" with them."""
     values = {arm: passes(found) for arm, found in SAVED.items()}
-    for with_line, without, t, seeds in ((LINE, GRPO, 2.776, range(5)), ("PPO + entropy advantage", PPO, 4.303, range(3))):
-        gain = np.stack([values[with_line][seed].mean(0) - values[without][seed].mean(0) for seed in seeds])     # [seeds, K]
+    both = {arm: values[arm] | values["fresh " + arm] for arm in CORE}
+    readme, results = (" ".join(page.read_text().split()) for page in (README, RESULTS))
+
+    def interval(arm, other, t, seeds, k):
+        """The paired t interval of Pass@KS[k], as the pages write it."""
+        gain = [(arm[seed] - other[seed])[:, k].mean() for seed in seeds]
+        mean, half = statistics.mean(gain), t * statistics.stdev(gain) / len(seeds) ** 0.5
+        assert mean - half < 0 < mean + half
+        return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f}".replace("-", "−")
+    for rates, t, seeds, name in ((values, 2.776, range(5), "five, as planned"), (both, 2.776, range(5, 10), "five more, a repetition"),
+                                  (both, 2.262, range(10), "all ten")):
+        cells = [interval(rates[LINE], rates[GRPO], t, seeds, k) for k in (0, 3)]
+        assert f"| {name} | {cells[0]}) | {cells[1]}) |" in readme and f"| {name} | {cells[0]}) | {cells[1]}) |" in results, name
+    for page in (readme, results):
+        assert interval(both[LINE], both[GRPO], 2.262, range(10), 2) in page                            # Pass@16
         for k, name in ((0, "Pass@1"), (3, "Pass@64")):
-            mean, half = statistics.mean(gain[:, k]), t * statistics.stdev(gain[:, k]) / len(seeds) ** 0.5
-            assert mean - half < 0 < mean + half
-            said = f"{name} {mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f}".replace("-", "−")
-            assert said in " ".join(README.read_text().split()) and said in " ".join(RESULTS.read_text().split()), said
-    assert "no difference that five seeds can show" in " ".join(README.read_text().split())
-    assert "**No difference that five seeds can show.**" in RESULTS.read_text()
+            assert f'{name} {interval(values["PPO + entropy advantage"], values[PPO], 4.303, range(3), k)}' in page
+    kappa = interval(values["fresh kappa 4"], values["fresh GRPO"], 2.776, range(5, 10), 2)
+    assert f"Nothing is left of the gain: Pass@16 {kappa} over seeds)" in results
+    assert "no difference that five seeds can show, nor ten" in readme
+    assert "**No difference that five seeds can show, nor ten.**" in results
 
 
 def test_easy_problems_are_few():
