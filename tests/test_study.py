@@ -165,7 +165,7 @@ def test_a_failed_run_stops_the_study(tmp_path, monkeypatch):
     monkeypatch.setattr(lab.study.subprocess, "run", fail)
     with pytest.raises(lab.study.subprocess.CalledProcessError):
         study(Settings(seeds=10, runs=str(tmp_path / "runs"), results=str(tmp_path / "results"), processes=1))
-    assert len(started) <= 6                                                # of 58
+    assert len(started) <= 6                                                # of 63
 
 
 def test_what_cannot_be_is_named(tmp_path, capsys):
@@ -204,14 +204,17 @@ def test_a_study_does_what_is_left_core_first_and_goes_on_with_what_was_begun(tm
                        "grpo-entropy-regularisation-0 --seed 0 --alpha 0 --entropy-coef 0.003",
                        "grpo-without-clip-higher-0 --seed 0 --alpha 0 --clip-high 0.2",
                        "ppo-0 --seed 0 --algo ppo --alpha 0", "ppo-entropy-advantage-0 --seed 0 --algo ppo",
-                       *(f"fresh-{arm.format(seed)}" for seed in (5, 6) for arm in (
-                           "grpo-{0} --seed {0} --alpha 0", "grpo-entropy-advantage-{0} --seed {0}",
-                           "kappa-4-{0} --seed {0} --kappa 4", "hard-{0} --seed {0} --task countdown-hard --alpha 0",
-                           "hard-entropy-advantage-{0} --seed {0} --task countdown-hard"))]
+                       *(arm.format(seed, seed - 5) for seed in (5, 6) for arm in (
+                           "fresh-grpo-{0} --seed {0} --alpha 0", "fresh-grpo-entropy-advantage-{0} --seed {0}",
+                           "fresh-kappa-4-{0} --seed {0} --kappa 4", "fresh-hard-{0} --seed {0} --task countdown-hard --alpha 0",
+                           "fresh-hard-entropy-advantage-{0} --seed {0} --task countdown-hard",
+                           "repeated-hard-{1} --seed {1} --task countdown-hard --alpha 0",
+                           "repeated-hard-entropy-advantage-{1} --seed {1} --task countdown-hard"))]
     measured = [re.search(r"results/(\S+?)\.json\.gz', 'test', 200, 256", line)[1] for line in lines if line.startswith("-c")]
     assert measured == ["base-0", "grpo-entropy-advantage-0", "grpo-1", "grpo-entropy-advantage-1", "grpo-entropy-regularisation-0",
-                        "grpo-without-clip-higher-0", "ppo-0", "ppo-entropy-advantage-0", *(f"fresh-{arm}-{seed}" for seed in (5, 6)
-                        for arm in ("grpo", "grpo-entropy-advantage", "kappa-4", "hard", "hard-entropy-advantage"))]
+                        "grpo-without-clip-higher-0", "ppo-0", "ppo-entropy-advantage-0", *(arm.format(seed, seed - 5) for seed in (5, 6)
+                        for arm in ("fresh-grpo-{0}", "fresh-grpo-entropy-advantage-{0}", "fresh-kappa-4-{0}", "fresh-hard-{0}",
+                                    "fresh-hard-entropy-advantage-{0}", "repeated-hard-{1}", "repeated-hard-entropy-advantage-{1}"))]
 
 
 @pytest.mark.parametrize("s", [dict(), dict(map=True), dict(quick=True), dict(quick=True, map=True)])
@@ -234,7 +237,8 @@ WANTED = {GRPO: dict(alpha=0.0), LINE: {}, PPO: dict(algo="ppo", alpha=0.0), "PP
           "GRPO + entropy regularisation": dict(alpha=0.0, entropy_coef=0.003),
           "GRPO without clip-higher": dict(alpha=0.0, clip_high=0.2),
           "fresh GRPO": dict(alpha=0.0), "fresh GRPO + entropy advantage": {}, "fresh kappa 4": dict(kappa=4.0),
-          "fresh hard": dict(task="countdown-hard", alpha=0.0), "fresh hard + entropy advantage": dict(task="countdown-hard")} | {
+          **{f"{again} hard": dict(task="countdown-hard", alpha=0.0) for again in ("fresh", "repeated")},
+          **{f"{again} hard + entropy advantage": dict(task="countdown-hard") for again in ("fresh", "repeated")}} | {
           f"beta {b}": dict(alpha=0.0, entropy_coef=b) for b in (0.003, 0.01, 0.03)} | {
           "alpha 1": dict(alpha=1.0), "alpha 2": dict(alpha=2.0), "kappa 1.5": dict(kappa=1.5), "kappa 4": dict(kappa=4.0)} | {
           name + ending: changed | alpha for ending, alpha in (("", dict(alpha=0.0)), (" + entropy advantage", {}))
@@ -251,6 +255,7 @@ def test_every_arm_is_what_its_name_says():
     assert AGAINST["PPO + entropy advantage"] == PPO and AGAINST["hard + entropy advantage"] == "hard"
     assert AGAINST["fresh kappa 4"] == AGAINST["fresh GRPO + entropy advantage"] == "fresh GRPO" and AGAINST["kappa 4"] == GRPO
     assert AGAINST["fresh hard + entropy advantage"] == "fresh hard" and not {"fresh GRPO", "fresh hard"} & set(AGAINST)
+    assert AGAINST["repeated hard + entropy advantage"] == "repeated hard" and "repeated hard" not in AGAINST
     assert {AGAINST[arm] for arm in (LINE, "GRPO without clip-higher", "alpha 2", "beta 0.01")} == {GRPO}
 
 
@@ -289,7 +294,7 @@ def test_the_published_tables_come_from_the_saved_counts():
 def test_the_saved_counts_are_whole_and_of_what_they_say():
     assert list(SAVED["base"]) == [0] and all(list(SAVED[arm]) == list(TRIED[arm]) == [0, 1, 2, 3, 4] for arm in CORE)
     assert all(list(SAVED[arm]) == [0, 1, 2] for arm in OTHERS)
-    assert all(list(SAVED[arm]) == [5, 6, 7, 8, 9] for arm in FRESH if arm in SAVED)
+    assert all(list(SAVED[arm]) == list(range(5, 10) if arm.startswith("fresh") else range(5)) for arm in FRESH if arm in SAVED)
     for arms, split, samples in ((SAVED, "test", 256), (TRIED, "validation", 64)):
         for arm, seed, record in ((arm, seed, record) for arm, found in arms.items() for seed, record in found.items()):
             problems = 107 if arm.startswith("easy") else 200               # countdown-easy has no more for validation
