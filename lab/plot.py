@@ -92,22 +92,21 @@ def draw(groups: dict[str, list[dict]], out: Path, problems: str = "validation")
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "curves.png", out / "pass_at_k.png"]
     figure = Figure((12, 6.5), layout="constrained")
-    axes = figure.subplots(2, 3)
-    for axis, (name, label) in zip(axes.flat, (p for p in PANELS if all(p[0] in r["curves"] for runs in groups.values() for r in runs))):
+    panels = (p for p in PANELS if all(p[0] in r["curves"] for runs in groups.values() for r in runs))
+    for axis, (name, label) in zip(figure.subplots(2, 3).flat, panels):
         for style, (group, runs) in zip(STYLES * len(groups), groups.items()):
             step, mean, low, high = band([run["curves"][name] for run in runs]).T
             axis.plot(step, mean, label=group, markevery=max(1, len(step) // 6), markersize=4, linewidth=1.2, **style)
             axis.fill_between(step, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axis.set(xlabel="step", ylabel=label)
         axis.grid(color="0.9")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(written[0], dpi=110)
 
     finished = {group: found for group, runs in groups.items() if (found := [run for run in runs if run["final"]])}
     if not finished:
         return written[:1]
-    figure = Figure((7, 5), layout="constrained")
-    axis = figure.subplots()
+    axis = Figure((7, 5), layout="constrained").subplots()
     models = {run["model"]: run for runs in finished.values() for run in runs}
     curves = {Path(model).name: pass_curve([run], "base") for model, run in models.items()}
     curves |= {group: pass_curve(runs, "trained") for group, runs in finished.items()}
@@ -121,7 +120,7 @@ def draw(groups: dict[str, list[dict]], out: Path, problems: str = "validation")
     axis.xaxis.set_major_formatter("{x:.0f}")
     axis.grid(color="0.9")
     axis.legend(frameon=False)
-    figure.savefig(written[1], dpi=110)
+    axis.figure.savefig(written[1], dpi=110)
     return written
 
 

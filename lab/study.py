@@ -6,9 +6,7 @@
     python -m lab.study --quick     a miniature of all this, in minutes, in runs/quick: to see that it works
 
 Fixed before it ran: the primary outcome is Pass@1 and Pass@64 of GRPO with the entropy advantage minus those of GRPO, with
-the t interval over seeds; all else is secondary. Fixed later, before fresh seeds ran with the line: the same again, Pass@16
-with kappa 4 (where the map saw the line gain most), Pass@64 on hard problems (where it saw the line lose most); when that
-had shown a gain in Pass@1 instead, Pass@1 on hard problems, with seeds 0 to 4 ("repeated").
+the t interval over seeds; all else is secondary. FRESH came later; RESULTS.md says what was fixed for it, and when.
 
 Each finished run leaves ARM-SEED.json.gz in lab/results/ (right answers per problem, what responses did, curves, a digest of
 the weights), so an interrupted study goes on where it was. Seeds vary data order and sampling, the base is the same.

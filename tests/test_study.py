@@ -17,7 +17,7 @@ import torch
 import lab.study
 from evaluate import parse_flags
 from lab.pretrain import Behaviour
-from lab.study import (AGAINST, CORE, CURVES, FRESH, GRPO, LINE, MAP, OTHERS, PPO, T_975, Settings, Watch, compared, figures,
+from lab.study import (AGAINST, CORE, CURVES, FRESH, GRPO, KS, LINE, MAP, OTHERS, PPO, T_975, Settings, Watch, compared, figures,
                        key, map_tables, measure, passes, read, study, tables)
 from rollout import Episode
 from task import Problem, load_task
@@ -115,12 +115,12 @@ def test_what_the_line_does_to_each_side_by_hand():
     watch = Watch(Task)
     watch.watch(Problem("1 2 -> 3 ?", "3"), "yes", episode(1.0, 9.0))
     for i in range(15):
-        watch.watch(Problem("1 2 -> 3 ?", "3"), "a b a b a b", episode(0.1 if i else 0.5))
+        watch.watch(Problem("1 2 -> 3 ?", "3"), "a b a b a b", episode({0: 0.5, 1: 0.3}.get(i, 0.1)))     # 0.3: 0.48, not capped
     for _ in range(16):                                                     # all right: no advantage, no line
         watch.watch(Problem("1 2 -> 3 ?", "3"), "yes", episode(1.0))
     assert list(watch.line["right"]) == list(watch.line["wrong"]) == [1]
     assert watch.line["right"][1] == [2, pytest.approx(0.4 / 3.75 + 0.5, abs=1e-4), 1]
-    assert watch.line["wrong"][1] == [15, pytest.approx(14 * 0.04 / 0.25 + 0.5, abs=1e-4), 1]
+    assert watch.line["wrong"][1] == [15, pytest.approx(13 * 0.04 / 0.25 + 0.12 / 0.25 + 0.5, abs=1e-4), 1]
     # "a b a b a b" has three runs of four words, of which the third repeats the first.
     assert watch.figures()["repeated 4-grams, share"] == pytest.approx(15 / 45)
 
@@ -282,9 +282,12 @@ TRIED = {arm: found for arm in (*CORE, *MAP) if (found := read(Path("lab/results
 
 
 def test_the_published_tables_come_from_the_saved_counts():
-    published, readme, blocks = RESULTS.read_text(), README.read_text(), tables(Path("lab/results")).split("\n\n")
-    for block in [*blocks, *map_tables(Path("lab/results")).split("\n\n")]:
+    published, readme, blocks = RESULTS.read_text().split("\n\n"), README.read_text(), tables(Path("lab/results")).split("\n\n")
+    every = [*blocks, *map_tables(Path("lab/results")).split("\n\n")]
+    for block in every:
         assert block in published, block
+    heads = {block.splitlines()[0] for block in every}
+    assert sum(block.splitlines()[:1] in [[head] for head in heads] for block in published) == len(every)       # and no other rows
     rates, differences, _, behaviour, *_ = (block.splitlines() for block in blocks)
     narrow = ["| " + " | ".join(line.strip("| ").split(" | ")[:5]) + " |" for line in behaviour]
     for line in [*rates[:5], *differences[:4], *narrow]:                    # the core: base, GRPO, GRPO + entropy advantage
@@ -307,30 +310,55 @@ def test_the_saved_counts_are_whole_and_of_what_they_say():
                 assert record["run"] in (run_name(s), run_name(dataclasses.replace(s, eval_problems=20)))
 
 
+def interval(arm, other, seeds, k):
+    """The paired t interval of Pass@KS[k], by hand."""
+    gain = [(arm[seed] - other[seed])[:, k].mean() for seed in seeds]
+    mean, half = statistics.mean(gain), {3: 4.303, 5: 2.776, 10: 2.262}[len(seeds)] * statistics.stdev(gain) / len(seeds) ** 0.5
+    return mean - half, mean, mean + half
+
+
+def words(low, mean, high):
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})".replace("-", "−")
+
+
 def test_what_is_said_of_the_effect_is_what_the_intervals_bear():
-    """All intervals of the primary outcomes contain 0, and README and RESULTS say "no difference" with them."""
+    """README and RESULTS say "no difference" with these intervals, and all of them contain 0, at every K."""
     values = {arm: passes(found) for arm, found in SAVED.items()}
     both = {arm: values[arm] | values["fresh " + arm] for arm in CORE}
     readme, results = (" ".join(page.read_text().split()) for page in (README, RESULTS))
-
-    def interval(arm, other, t, seeds, k):
-        """The paired t interval of Pass@KS[k], as the pages write it."""
-        gain = [(arm[seed] - other[seed])[:, k].mean() for seed in seeds]
-        mean, half = statistics.mean(gain), t * statistics.stdev(gain) / len(seeds) ** 0.5
-        assert mean - half < 0 < mean + half
-        return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f}".replace("-", "−")
-    for rates, t, seeds, name in ((values, 2.776, range(5), "five, as planned"), (both, 2.776, range(5, 10), "five more, a repetition"),
-                                  (both, 2.262, range(10), "all ten")):
-        cells = [interval(rates[LINE], rates[GRPO], t, seeds, k) for k in (0, 3)]
-        assert f"| {name} | {cells[0]}) | {cells[1]}) |" in readme and f"| {name} | {cells[0]}) | {cells[1]}) |" in results, name
-    for page in (readme, results):
-        assert interval(both[LINE], both[GRPO], 2.262, range(10), 2) in page                            # Pass@16
-        for k, name in ((0, "Pass@1"), (3, "Pass@64")):
-            assert f'{name} {interval(values["PPO + entropy advantage"], values[PPO], 4.303, range(3), k)}' in page
-    kappa = interval(values["fresh kappa 4"], values["fresh GRPO"], 2.776, range(5, 10), 2)
-    assert f"Nothing is left of the gain: Pass@16 {kappa} over seeds)" in results
-    assert "no difference that five seeds can show, nor ten" in readme
+    assert "## Does the line help? Here it makes no difference that five seeds can show, nor ten. GRPO with the line minus" in readme
     assert "**No difference that five seeds can show, nor ten.**" in results
+    for name, seeds in (("0 to 4, as planned", range(5)), ("5 to 9, a repetition", range(5, 10)), ("all ten", range(10))):
+        found = [interval(both[LINE], both[GRPO], seeds, k) for k in range(len(KS))]
+        assert all(low < 0 < high for low, _, high in found), name
+        assert all(f"| {name} | {words(*found[0])} | {words(*found[3])} |" in page for page in (readme, results)), name
+    assert max(high for _, _, high in found[:1]) < 0.0095 and all(f"Pass@{k}, {words(*found[i])}" in page
+                                                                  for k, i in ((4, 1), (16, 2)) for page in (readme, results))
+    for arm in OTHERS:                                                      # "nor do the other arms", "at any K"
+        if arm != PPO:
+            found = [interval(values[arm], values[AGAINST[arm]], range(3), k) for k in range(len(KS))]
+            assert all(low < 0 < high for low, _, high in found), arm
+    for page in (readme, results):                                          # the last is PPO with the line
+        assert f"Pass@1 {words(*found[0])[:-1]}" in page and f"Pass@64 {words(*found[3])[:-1]}" in page
+    low, mean, high = interval(values["fresh kappa 4"], values["fresh GRPO"], range(5, 10), 2)
+    assert low < 0 < high and f"No gain shows: Pass@16 {words(low, mean, high)[:-1]} over seeds)" in results
+
+
+def test_every_interval_in_the_text_is_one_of_the_tables():
+    known = tables(Path("lab/results")) + map_tables(Path("lab/results"))
+    checks = [[r["checks per response"] for arm in (arm, "fresh " + arm) for r in SAVED[arm].values()] for arm in (GRPO, LINE)]
+    gain = [b - a for a, b in zip(*checks)]
+    half = 2.262 * statistics.stdev(gain) / 10 ** 0.5
+    known += f"{statistics.mean(gain):+.3f} [{statistics.mean(gain) - half:+.3f}, {statistics.mean(gain) + half:+.3f}]"
+    known += "-0.001 [-0.024, +0.022] +0.002 [-0.042, +0.046]"              # of the earlier study, whose counts are not here
+    number, count = r"([+−][0-9.]+)", 0
+    for page in (README, RESULTS):
+        text = " ".join(page.read_text().split())
+        for mean, low, high in re.findall(rf"{number} \({number} to {number}", text):
+            assert f"{mean} [{low}, {high}]".replace("−", "-") in known, (page, mean, low, high)
+            count += 1
+        assert not re.search(rf"{number}, {number} to {number}", text)      # written so that the line above finds it
+    assert count > 25
 
 
 def test_easy_problems_are_few():
