@@ -340,6 +340,10 @@ def test_what_is_said_of_the_effect_is_what_the_intervals_bear():
             assert all(low < 0 < high for low, _, high in found), arm
     for page in (readme, results):                                          # the last is PPO with the line
         assert f"Pass@1 {words(*found[0])[:-1]}" in page and f"Pass@64 {words(*found[3])[:-1]}" in page
+    hard = [interval(values[again + LINE.replace(GRPO, " hard")], values[again + " hard"], seeds, 0)
+            for again, seeds in (("fresh", range(5, 10)), ("repeated", range(5)))]
+    assert hard[0][0] > 0 and hard[1][0] < 0 < hard[1][2]                   # "did not confirm it"
+    assert all(words(*x)[:-1] in page for x in hard for page in (readme, results))
     low, mean, high = interval(values["fresh kappa 4"], values["fresh GRPO"], range(5, 10), 2)
     assert low < 0 < high and f"No gain shows: Pass@16 {words(low, mean, high)[:-1]} over seeds)" in results
 
@@ -366,11 +370,14 @@ def test_easy_problems_are_few():
 
 
 def test_the_same_seed_made_the_same_weights_twice():
-    """Two sessions trained seed 0 of the core on their own, with other validations on the way; other seeds differ."""
+    """Two sessions trained seed 0 of the core, and of the hard problems, on their own; those of the core with other
+    validations on the way; other seeds differ."""
     for arm in CORE:
         assert SAVED[arm][0]["curves"].items() <= TRIED[arm][0]["curves"].items()
         assert TRIED[arm][0]["run"] != SAVED[arm][0]["run"]                 # the validations
         assert [r["weights"] for r in TRIED[arm].values()] == [r["weights"] for r in SAVED[arm].values()]
+    for arm in ("hard", "hard + entropy advantage"):
+        assert SAVED["repeated " + arm][0]["weights"] == TRIED[arm][0]["weights"]
     digests = [record["weights"] for arm, found in SAVED.items() if arm != "base" for record in found.values()]
     assert len(set(digests)) == len(digests)
 
