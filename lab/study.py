@@ -229,7 +229,7 @@ def tables(results: Path) -> str:
     """Markdown tables, from the saved counts alone, of the arms that have some; the last: fresh seeds, then all of the core."""
     arms, fresh = ({arm: found for arm in some if (found := read(results, arm))} for some in (("base", *CORE, *OTHERS), FRESH))
     together = {arm: found for arm in (*CORE, "hard", "hard" + ENDING) if (
-        found := read(results, arm) | fresh.get("fresh " + arm, {}) | fresh.get("repeated " + arm, {}))}
+        found := arms.get(arm, {}) | fresh.get("fresh " + arm, {}) | fresh.get("repeated " + arm, {}))}
     if "base" not in arms or not set(arms.get(GRPO, ())) & set(arms.get(LINE, ())):
         raise ValueError(f"{results} needs saved counts of the base, and of {GRPO} and {LINE} with one seed in common at least")
     blocks = compared(arms) + [table(["one run", *(f"Pass@{k}" for k in KS)], [
