@@ -1,15 +1,22 @@
-"""Batched KV-cached sampling: prompts in, episodes out. Read after task.py.
+"""Batched KV-cached sampling: prompts in, episodes out. The first of the five files of the method.
 
-A *slot* is a row of the cache, at a position of its own: nothing is ever padded on the left. A prompt runs through the
-model once; its keys and values are copied to its G samples. A slot takes the next sequence when the host sees that its
-own has ended. The host looks every few tokens; till then the slot writes into a spare column, and no step waits for it.
-Each token is recorded with its log-probability and entropy under the distribution it was sampled from, in fp32 (at its
-temperature, truncated if top_p < 1). Training uses top_p = 1, and takes these log-probabilities as the old policy's.
-Departs from the paper: not in the maths; it samples with a serving engine.
+A *sequence* is one answer being written; when it ends it becomes an *Episode*. A *slot* is a row of
+the batch and of the cache, and writes one sequence at a time. Slots are at different positions, so
+nothing is padded on the left. A prompt runs through the model once; its keys and values are copied
+to all its sequences. When a sequence has ended, its slot takes the next one. To see which have ended,
+Python would have to wait for a GPU; so it looks only every CHECK_EVERY tokens, and until then an
+ended slot writes into a spare column.
+
+Each token is recorded with its log-probability and entropy under the distribution it was sampled
+from, in fp32 (at its temperature, truncated if top_p < 1). Training uses top_p = 1, and takes these
+log-probabilities as the old policy's. The paper samples with a serving engine, by the same maths.
+
+    S slots   V words of the vocabulary   R response tokens   L positions in the cache
+    d numbers in an attention head
+    A cache is [layers, 2 (keys, values), S, kv_heads, L, d].
 """
 
 import copy
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import Sequence
@@ -20,223 +27,381 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import Transformer, response_mask
+from model import Transformer
 
-CHECK_EVERY = 8             # tokens between two looks at the finished flags
-GROW_BY = 16                # the cache is as long as the furthest row so far has needed, in multiples of this
-PREFILL_TOKENS = 16384      # prompt tokens (with padding) per prefill, which bounds its memory
+CHECK_EVERY = 8  # tokens between two looks at the finished flags
+GROW_BY = 16  # the cache is as long as the furthest row has needed, in multiples of this
+PREFILL_TOKENS = 16384  # prompt tokens (with padding) per prefill, which bounds its memory
+
+
+def round_up(length: int) -> int:
+    """To a multiple of GROW_BY."""
+    return math.ceil(length / GROW_BY) * GROW_BY
 
 
 @dataclass(frozen=True)
 class Episode:
-    prompt: Tensor          # int64 [P]
-    response: Tensor        # int64 [R], a sampled end token included
-    logp: Tensor            # fp32 [R], of each response token under the sampled distribution
-    entropy: Tensor         # fp32 [R], of that distribution, in nats
-    finished: bool          # ended with an end token (False: cut at max_new_tokens)
-    prompt_index: int       # which of the prompts given to generate
+    """One answer to one prompt."""
+
+    prompt: Tensor  # int64 [P]
+    response: Tensor  # int64 [R], a sampled end token included
+    logp: Tensor  # fp32 [R], of each response token under the sampled distribution
+    entropy: (
+        Tensor  # fp32 [R], of that distribution, in nats; logged (psi has the current policy's)
+    )
+    finished: bool  # ended with an end token (False: cut at max_new_tokens)
+    prompt_index: int  # which of the prompts given to generate
 
 
-def seeded_generator(seed: int, step: int, stream: str, device: str | torch.device = "cpu") -> torch.Generator:
-    """Random numbers that depend on (seed, step, stream) alone: an evaluation cannot disturb training, and a
-    resumed run draws what the first would have drawn."""
-    digest = hashlib.sha256(f"{seed} {step} {stream}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+def sample(
+    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws a token a row from softmax(logits / temperature) truncated to top_p.
 
-
-def draw(problems: Sequence, count: int, step: int, seed: int) -> list:
-    """The problems of a step: a new shuffle every epoch, from (seed, epoch) alone."""
-    chosen = []
-    for i in range(step * count, (step + 1) * count):
-        epoch, place = divmod(i, len(problems))
-        if not chosen or place == 0:
-            order = torch.randperm(len(problems), generator=seeded_generator(seed, epoch, "data"))
-        chosen.append(problems[order[place]])
-    return chosen
-
-
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [S, V] -> token, logp, entropy [S], in fp32, of softmax(logits / temperature) truncated to top_p.
-    The token is the first whose cumulative probability, in fp64, exceeds a uniform number: one number a row, where
-    the usual argmax(p / E) takes an exponential one for every word of the vocabulary."""
-    z = logits.float() / temperature                                    # [S, V]
-    z = truncate(z, top_p) if top_p < 1.0 else z
-    lse = z.logsumexp(dim=-1, keepdim=True)
+    logits [S, V] -> token, logp, entropy [S], in fp32. By the inverse of the cumulative distribution,
+    in fp64: one uniform number a row, where torch.multinomial draws one for every word."""
+    z = logits.float() / temperature  # [S, V]
+    if top_p < 1.0:
+        z = truncate(z, top_p)
+    lse = z.logsumexp(dim=-1, keepdim=True)  # [S, 1]
     p = (z - lse).exp()
+
+    # The token is the first whose cumulative probability exceeds u, so never one of probability 0.
+    # How many do not exceed it is that token's index. The last is 1 up to rounding: u is scaled to it.
     cdf = p.double().cumsum(dim=-1)
     u = torch.rand(len(p), 1, dtype=torch.float64, generator=generator, device=p.device)
-    token = (cdf <= u * cdf[:, -1:]).sum(dim=-1)                        # [S]; first above, so its p is not 0
-    entropy = lse[:, 0] - (p * z.masked_fill(p == 0, 0.0)).sum(dim=-1)  # 0 * -inf would be nan
-    return token, (z.gather(1, token[:, None]) - lse)[:, 0], entropy
+    not_above = cdf <= u * cdf[:, -1:]
+    token = not_above.sum(dim=-1)  # [S]
 
-
-def texts(tokenizer, episodes: Sequence[Episode]) -> list[str]:
-    """The responses as text, without the end token that finished them. Any other special token stays in the
-    text: dropping it would turn a malformed answer into a good one."""
-    return tokenizer.batch_decode([e.response[:-1] if e.finished else e.response for e in episodes])
+    logp = (z.gather(1, token[:, None]) - lse)[:, 0]
+    finite_z = z.masked_fill(p == 0, 0.0)  # 0 * -inf would be nan
+    entropy = lse[:, 0] - (p * finite_z).sum(dim=-1)
+    return token, logp, entropy
 
 
 def truncate(z: Tensor, top_p: float) -> Tensor:
-    """Nucleus sampling: keeps the likeliest tokens up to and including the one that reaches `top_p`; the
-    others get -inf. [S, V] -> [S, V]."""
+    """Nucleus sampling: keeps the likeliest tokens up to and including the one that reaches
+    `top_p`; the others get -inf. [S, V] -> [S, V]."""
     ordered, index = z.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(dim=-1) - ordered                           # probability of all likelier tokens
-    drop = torch.zeros_like(z, dtype=torch.bool).scatter_(1, index, before >= top_p)
+    mass_before = ordered.cumsum(dim=-1) - ordered  # probability of all likelier tokens
+    drop = torch.zeros_like(z, dtype=torch.bool).scatter_(1, index, mass_before >= top_p)
     return z.masked_fill(drop, -torch.inf)
 
 
-class Sampler:
-    """`slots` sequences at a time, each of at most `max_length` tokens with its prompt. `dtype` is that of
-    the decode weights and the cache (default: the model's own, and then no copy is made)."""
+def texts(tokenizer, episodes: Sequence[Episode]) -> list[str]:
+    """The responses as text, without the end token that finished them. Any other special token
+    stays in the text: dropping it would turn a malformed answer into a good one."""
+    without_end = [
+        episode.response[:-1] if episode.finished else episode.response for episode in episodes
+    ]
+    return tokenizer.batch_decode(without_end)
 
-    def __init__(self, model: Transformer, slots: int, max_length: int, eos_ids: Sequence[int],
-                 dtype: torch.dtype | None = None) -> None:
+
+class Sampler:
+    """`slots` sequences at a time, each of at most `max_length` tokens with its prompt. `dtype` is
+    that of the decode weights and the cache (default: the model's own, and then no copy is made).
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        slots: int,
+        max_length: int,
+        eos_ids: Sequence[int],
+        dtype: torch.dtype | None = None,
+    ) -> None:
         if not eos_ids:
             raise ValueError("the sampler needs at least one end-of-sequence id")
-        self.model, self.slots, self.max_length, self.eos_ids = model, slots, max_length, tuple(eos_ids)
-        self.device, self.dtype = model.head.device, dtype or model.head.dtype
-        self.decoder = model if self.dtype == model.head.dtype else copy.deepcopy(model).to(self.dtype)
-        self.cache: Tensor | None = None
+        self.model = model
+        self.slots = slots
+        self.max_length = max_length
+        self.eos_ids = tuple(eos_ids)
+        self.device = model.head.device
+        self.dtype = dtype or model.head.dtype
+        same_weights = self.dtype == model.head.dtype
+        self.decoder = model if same_weights else copy.deepcopy(model).to(self.dtype)
+        self.buffer: Tensor | None = None  # whose start each cache is laid over
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Recasts the decode weights after an update. Without a dtype of their own they are the model's."""
-        if self.decoder is not self.model:
-            for mine, theirs in zip(self.decoder.parameters(), self.model.parameters()):
-                mine.copy_(theirs)
+        """Recasts the decode weights after an update. Without a dtype of their own they are the
+        model's."""
+        if self.decoder is self.model:
+            return
+        for mine, theirs in zip(self.decoder.parameters(), self.model.parameters()):
+            mine.copy_(theirs)
 
     def allocate(self, rows: int) -> None:
         """Makes room for the longest sequences in `rows` slots, unless it is there."""
-        if self.cache is None or self.cache.shape[2] < rows:
-            self.cache = self.decoder.new_cache(rows, -(-self.max_length // GROW_BY) * GROW_BY)
+        if self.buffer is None or self.buffer.shape[2] < rows:
+            self.buffer = self.decoder.new_cache(rows, round_up(self.max_length))
 
     def free(self) -> None:
-        """Gives the cache back, before an update that needs the memory."""
-        self.cache = None
+        """Gives the buffer back, before an update that needs the memory."""
+        self.buffer = None
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]], samples_per_prompt: int, max_new_tokens: int,
-                 temperature: float, generator: torch.Generator, top_p: float = 1.0,
-                 progress: str | None = None) -> list[Episode]:
-        """`samples_per_prompt` episodes for each prompt, in the order of the prompts. Same prompts, weights, slots and
-        generator state: same episodes (bit for bit on a CPU). ValueError for settings or prompts out of their bounds."""
-        if not 1e-3 <= temperature <= 1e3 or not 0 < top_p <= 1 or max_new_tokens < 1:
-            raise ValueError("sampling needs temperature > 0 (0.001 to 1000), 0 < top_p <= 1 and a new token at least, "
-                             f"not {temperature}, {top_p} and {max_new_tokens}")
-        longest = max(map(len, prompts), default=1)
-        if min(map(len, prompts), default=1) < 1 or longest + max_new_tokens > self.max_length:
-            raise ValueError(f"prompts must have 1 to {self.max_length - max_new_tokens} tokens to leave room for "
-                             f"{max_new_tokens} new ones in {self.max_length}; the longest has {longest}")
-        queue = [i for i in range(len(prompts)) for _ in range(samples_per_prompt)]     # whose turn is next
-        episodes: list[Episode | None] = [None] * len(queue)
-        rows, started = min(self.slots, len(queue)), 0
-        bar = tqdm(total=len(queue), desc=progress, unit="seq", leave=False, disable=None if progress else True)
-        self.allocate(rows)
-        cache = self.part(rows, longest)                                # [layers, 2, S, kv_heads, L, d]
-        busy: dict[int, int] = {}                                       # slot -> its episode; the other slots are free
-        on_device = lambda values: torch.tensor(values, device=self.device)
-        zeros = lambda kind, *shape: torch.zeros(*shape, dtype=kind, device=self.device)
-        token, position, count, alive = (zeros(kind, rows) for kind in 3 * [torch.int64] + [torch.bool])    # [S] each
-        # Tokens, logps, entropies [S, R + 1]: the last column is spare, for slots that have finished (or are free).
-        records = [zeros(kind, rows, max_new_tokens + 1) for kind in (torch.int64, torch.float32, torch.float32)]
-        eos = on_device(self.eos_ids)
-        bank, bank_first, bank_end = None, 0, 0                         # the prompts prefilled last
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        samples_per_prompt: int,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator,
+        top_p: float = 1.0,
+        progress: str | None = None,
+    ) -> list[Episode]:
+        """`samples_per_prompt` episodes for each prompt, in the order of the prompts.
 
-        while started < len(queue) or busy:
-            while started < len(queue) and len(busy) < rows:            # refill
-                if queue[started] >= bank_end:
-                    bank_first = queue[started]
-                    bank, bank_end = self.prefill(prompts, bank_first)
-                free = (slot for slot in range(rows) if slot not in busy)
-                fresh = {slot: i for slot, i in zip(free, range(started, len(queue))) if queue[i] < bank_end}
-                busy |= fresh
-                started += len(fresh)
-                slots, chosen = on_device([*fresh]), [queue[i] for i in fresh.values()]
-                cache[:, :, slots, :, :bank.shape[4]] = bank[:, :, on_device([j - bank_first for j in chosen])]
-                token[slots] = on_device([prompts[j][-1] for j in chosen])
-                position[slots] = on_device([len(prompts[j]) - 1 for j in chosen])
-                count[slots], alive[slots] = 0, True
-
-            reach = min(int(position.max()) + CHECK_EVERY, self.max_length)     # no row gets further in this round
-            cache = self.longer(cache, reach) if reach > cache.shape[4] else cache
-            for _ in range(CHECK_EVERY):                                # decode
-                hidden = self.decoder(token[:, None], position[:, None], cache)[:, 0]   # [S, width]
-                drawn, logp, entropy = sample(F.linear(hidden, self.decoder.head), temperature, top_p, generator)
-                column = torch.where(alive, count, max_new_tokens)[:, None]                 # [S, 1]
-                for record, new in zip(records, (drawn, logp, entropy)):
-                    record.scatter_(1, column, new[:, None])
-                count += alive
-                alive &= ~torch.isin(drawn, eos) & (count < max_new_tokens)
-                token = torch.where(alive, drawn, token)
-                position += alive                                       # a finished slot stays where it is
-
-            for slot, (n, goes_on) in enumerate(zip(count.tolist(), alive.tolist())):   # harvest: both come to the host
-                if slot in busy and not goes_on:
-                    i, (response, *numbers) = busy.pop(slot), (record[slot, :n].cpu().clone() for record in records)
-                    finished = int(response[-1]) in self.eos_ids
-                    episodes[i] = Episode(torch.tensor(prompts[queue[i]]), response, *numbers, finished, queue[i])
-                    bar.update()
-            if started == len(queue) and 0 < len(busy) <= rows // 2:    # the tail: go on with the busy rows only
-                kept = sorted(busy)
-                rows, busy, keep = len(kept), {row: busy[slot] for row, slot in enumerate(kept)}, on_device(kept)
-                token, position, count, alive, *records = (x[keep] for x in (token, position, count, alive, *records))
-                old, cache = cache, self.part(rows, cache.shape[4])     # in the same buffer, from the first layer on
-                for new, held in zip(cache.flatten(0, 1), old.flatten(0, 1)):
-                    new.copy_(held[keep])
+        Same prompts, weights, slots and generator state: same episodes (bit for bit on a CPU).
+        ValueError for settings or prompts out of their bounds."""
+        self.check(prompts, max_new_tokens, temperature, top_p)
+        slots = Slots(self, prompts, samples_per_prompt, max_new_tokens)
+        bar = tqdm(
+            total=len(slots.queue),
+            desc=progress,
+            unit="seq",
+            leave=False,
+            disable=None if progress else True,  # None: on a terminal only
+        )
+        while slots.waiting or slots.busy:
+            slots.refill()
+            slots.make_room(CHECK_EVERY)
+            for _ in range(CHECK_EVERY):
+                slots.decode(temperature, top_p, generator)
+            bar.update(slots.harvest())
+            slots.shrink()
         bar.close()
-        return episodes
+        return slots.episodes
 
-    def part(self, rows: int, length: int) -> Tensor:
-        """The start of the buffer as a cache of `rows` and at least `length`. Without gaps: matrix products over a
-        slice of a longer cache take twice as long (measured on a CPU)."""
-        shape = (*self.cache.shape[:2], rows, self.cache.shape[3], -(-length // GROW_BY) * GROW_BY, self.cache.shape[5])
-        return self.cache.view(-1)[:math.prod(shape)].view(shape)
+    def check(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+    ) -> None:
+        lengths = [len(prompt) for prompt in prompts]
+        room = self.max_length - max_new_tokens
+        if not 1e-3 <= temperature <= 1e3:
+            raise ValueError(f"sampling needs temperature > 0 (0.001 to 1000), not {temperature}")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"sampling needs 0 < top_p <= 1, not {top_p}")
+        if max_new_tokens < 1:
+            raise ValueError(f"sampling needs a new token at least, not {max_new_tokens}")
+        if min(lengths, default=1) < 1:
+            raise ValueError("a prompt must have a token at least; one is empty")
+        if max(lengths, default=1) > room:
+            raise ValueError(
+                f"prompts must have 1 to {room} tokens to leave room for {max_new_tokens} new ones "
+                f"in {self.max_length}; the longest has {max(lengths)}"
+            )
 
-    def longer(self, cache: Tensor, length: int) -> Tensor:
-        """`cache` with room for `length`, in the same buffer: from the last layer to the first, because what a layer
-        grows into held the layers behind it. What lies beyond a row's own position is stale but finite."""
-        grown = self.part(cache.shape[2], length)
+    def view_of_buffer(self, rows: int, length: int) -> Tensor:
+        """A cache of `rows` and at least `length`, laid over the start of the buffer, so that it shares
+        memory with every other one. Without gaps: matrix products over a slice of a longer cache
+        take twice as long (measured on a CPU)."""
+        layers, kinds, _, kv_heads, _, head_dim = self.buffer.shape
+        shape = (layers, kinds, rows, kv_heads, round_up(length), head_dim)
+        return self.buffer.view(-1)[: math.prod(shape)].view(shape)
+
+    def lengthened(self, cache: Tensor, length: int) -> Tensor:
+        """The cache laid out anew with room for `length`. Each layer moves to a higher address, over
+        the old places of later layers: so the last moves first. The old and new places of a layer
+        overlap: hence the clone. What lies beyond a row's own position is stale; it is masked, and
+        finite, so that 0 times it is 0."""
+        longer = self.view_of_buffer(cache.shape[2], length)
+        old_length = cache.shape[4]
         for layer in reversed(range(len(cache))):
             for kind in (1, 0):
-                grown[layer, kind, :, :, :cache.shape[4]] = cache[layer, kind].clone()
-        return grown
+                longer[layer, kind, :, :, :old_length] = cache[layer, kind].clone()
+        return longer
+
+    def with_rows(self, cache: Tensor, keep: Tensor) -> Tensor:
+        """The cache laid out anew with only the rows `keep`. Each layer moves to a lower address or
+        stays: so the first moves first."""
+        smaller = self.view_of_buffer(len(keep), cache.shape[4])
+        for new_rows, old_rows in zip(smaller.flatten(0, 1), cache.flatten(0, 1)):
+            new_rows.copy_(old_rows[keep])
+        return smaller
 
     def prefill(self, prompts: Sequence[Sequence[int]], first: int) -> tuple[Tensor, int]:
-        """Runs prompts[first:end], within the budget, all but their last tokens (the first decode step's), through the
-        model -> keys and values [layers, 2, prompts, kv_heads, T, d], and `end`."""
-        end, longest = first + 1, max(1, len(prompts[first]) - 1)
-        while end < len(prompts) and max(longest, len(prompts[end]) - 1) * (end + 1 - first) <= PREFILL_TOKENS:
-            longest, end = max(longest, len(prompts[end]) - 1), end + 1
-        batch = pad_sequence([torch.tensor(prompt[:-1] or [0]) for prompt in prompts[first:end]], batch_first=True)
-        bank = self.decoder.new_cache(*batch.shape)                     # batch [prompts, T]; 0 where there is no token
-        self.decoder(batch.to(self.device), torch.arange(longest, device=self.device).expand(*batch.shape), bank)
+        """Fills a new cache with prompts[first:end], as many as fit PREFILL_TOKENS, padding included
+        -> the cache [layers, 2, prompts, kv_heads, T, d], and `end`. A prompt's last token is left for
+        the first decode step, which gives the first logits."""
+        end = first + 1
+        longest = max(1, len(prompts[first]) - 1)
+        while end < len(prompts):
+            with_next = max(longest, len(prompts[end]) - 1)
+            if with_next * (end + 1 - first) > PREFILL_TOKENS:
+                break
+            longest = with_next
+            end += 1
+
+        # A prompt of one token leaves nothing to prefill: any token fills its place, unseen.
+        rows = [torch.tensor(prompt[:-1] or [0]) for prompt in prompts[first:end]]
+        batch = pad_sequence(rows, batch_first=True).to(self.device)  # [prompts, T]
+        position = torch.arange(longest, device=self.device).expand(*batch.shape)
+        bank = self.decoder.new_cache(*batch.shape)
+        self.decoder(batch, position, bank)  # fills the bank; nobody needs its hidden states
         return bank, end
 
 
-def micro_batches(episodes: Sequence[Episode], budget: int) -> list[list[int]]:
-    """Indices of episodes sorted by length, cut so that rows x longest <= budget (one row at least)."""
-    length = [len(e.prompt) + len(e.response) for e in episodes]
-    batches: list[list[int]] = []
-    for i in sorted(range(len(episodes)), key=lambda i: length[i]):
-        if not batches or (len(batches[-1]) + 1) * length[i] > budget:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
+class Slots:
+    """The state of one call of Sampler.generate: which sequence is in which slot, and how far."""
 
+    def __init__(
+        self,
+        sampler: Sampler,
+        prompts: Sequence[Sequence[int]],
+        samples_per_prompt: int,
+        max_new_tokens: int,
+    ) -> None:
+        self.sampler = sampler
+        self.prompts = prompts
+        self.max_new_tokens = max_new_tokens
+        # What Python knows, as of the last look. The prompt of each sequence, in the order of turns:
+        self.queue = [i for i in range(len(prompts)) for _ in range(samples_per_prompt)]
+        self.started = 0  # how many of them have had a slot
+        self.busy: dict[int, int] = {}  # slot -> its sequence; the other slots are free
+        self.episodes: list[Episode | None] = [None] * len(self.queue)
+        self.rows = min(sampler.slots, len(self.queue))
 
-def per_token(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """A number for every response token, [R_i] each -> padded [N, R], and the mask of what counts."""
-    length = torch.tensor([len(v) for v in values])
-    return pad_sequence(list(values), batch_first=True), torch.arange(int(length.max())) < length[:, None]
+        # What the device knows, as of the last token.
+        self.device = sampler.device
+        self.eos = self.on_device(sampler.eos_ids)
+        self.newest = self.zeros(torch.int64, self.rows)  # [S], the token to decode next
+        self.position = self.zeros(torch.int64, self.rows)  # [S], of that token
+        self.count = self.zeros(torch.int64, self.rows)  # [S], response tokens so far
+        self.alive = self.zeros(torch.bool, self.rows)  # [S], False: finished, or free
+        # The last column is spare, for slots that are not alive.
+        columns = max_new_tokens + 1
+        self.tokens = self.zeros(torch.int64, self.rows, columns)  # [S, R + 1]
+        self.logps = self.zeros(torch.float32, self.rows, columns)
+        self.entropies = self.zeros(torch.float32, self.rows, columns)
 
+        longest = max((len(prompt) for prompt in prompts), default=1)
+        sampler.allocate(self.rows)
+        self.cache = sampler.view_of_buffer(self.rows, longest)  # [layers, 2, S, kv_heads, L, d]
+        # Keys and values of prompts[bank_first:bank_end], those prefilled last.
+        self.bank: Tensor | None = None
+        self.bank_first = 0
+        self.bank_end = 0
 
-def collate(episodes: Sequence[Episode], device: torch.device, *rows: Tensor) -> tuple[Tensor, ...]:
-    """What `score` takes, padded on the right: tokens [B, T], prompt_len [B], total_len [B], and the mask of the
-    response [B, T-1]. Then each of `rows`, a number per response token [B, R], in score's columns [B, T-1]."""
-    prompt_len = torch.tensor([len(e.prompt) for e in episodes])
-    length = torch.tensor([len(e.response) for e in episodes])
-    tokens = pad_sequence([torch.cat((e.prompt, e.response)) for e in episodes], batch_first=True)
-    mask = response_mask(prompt_len, prompt_len + length, tokens.shape[1])              # column t is token t+1
-    columns = [torch.zeros(mask.shape).masked_scatter(mask, row[torch.arange(row.shape[1]) < length[:, None]])
-               for row in rows]
-    return tuple(x.to(device) for x in (tokens, prompt_len, prompt_len + length, mask, *columns))
+    def zeros(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=self.device)
+
+    def on_device(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, device=self.device)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a sequence has not had a slot yet."""
+        return self.started < len(self.queue)
+
+    def refill(self) -> None:
+        """Gives every free slot the next sequence, as long as there is one."""
+        while self.waiting and len(self.busy) < self.rows:
+            next_prompt = self.queue[self.started]
+            if next_prompt >= self.bank_end:
+                self.bank_first = next_prompt
+                self.bank, self.bank_end = self.sampler.prefill(self.prompts, self.bank_first)
+            self.start(self.next_sequences())
+
+    def next_sequences(self) -> dict[int, int]:
+        """Free slot -> the sequence it takes, of those whose prompts are in the bank."""
+        free = [slot for slot in range(self.rows) if slot not in self.busy]
+        left = range(self.started, len(self.queue))
+        return {
+            slot: sequence
+            for slot, sequence in zip(free, left)
+            if self.queue[sequence] < self.bank_end
+        }
+
+    def start(self, fresh: dict[int, int]) -> None:
+        """Puts sequences into slots: the prompt's keys and values, and its last token as the first
+        to be decoded."""
+        self.busy |= fresh
+        self.started += len(fresh)
+        prompt_indices = [self.queue[sequence] for sequence in fresh.values()]
+        in_bank = self.on_device([i - self.bank_first for i in prompt_indices])
+        last_token = [self.prompts[i][-1] for i in prompt_indices]
+        last_position = [len(self.prompts[i]) - 1 for i in prompt_indices]
+
+        slots = self.on_device(list(fresh))
+        # [layers, 2, fresh, kv_heads, prefilled, d]. What lies behind a shorter prompt is padding:
+        # masked, until the slot's own tokens are written over it.
+        prefilled = self.bank.shape[4]
+        self.cache[:, :, slots, :, :prefilled] = self.bank[:, :, in_bank]
+        self.newest[slots] = self.on_device(last_token)
+        self.position[slots] = self.on_device(last_position)
+        self.count[slots] = 0
+        self.alive[slots] = True
+
+    def make_room(self, steps: int) -> None:
+        """Makes the cache long enough for `steps` more tokens of the furthest slot, ended or not."""
+        reach = min(int(self.position.max()) + steps, self.sampler.max_length)
+        if reach > self.cache.shape[4]:
+            self.cache = self.sampler.lengthened(self.cache, reach)
+
+    def decode(self, temperature: float, top_p: float, generator: torch.Generator) -> None:
+        """One token for every slot. A slot that is not alive stays where it is, and writes into the
+        spare column: no step waits for the host."""
+        decoder = self.sampler.decoder
+        hidden = decoder(self.newest[:, None], self.position[:, None], self.cache)[:, 0]
+        logits = F.linear(hidden, decoder.head)  # [S, V]
+        drawn, logp, entropy = sample(logits, temperature, top_p, generator)  # [S] each
+
+        column = torch.where(self.alive, self.count, self.max_new_tokens)[:, None]  # [S, 1]
+        self.tokens.scatter_(1, column, drawn[:, None])
+        self.logps.scatter_(1, column, logp[:, None])
+        self.entropies.scatter_(1, column, entropy[:, None])
+
+        # From here on `alive` is of the next step.
+        self.count += self.alive
+        ended = torch.isin(drawn, self.eos)
+        has_room = self.count < self.max_new_tokens
+        self.alive &= ~ended & has_room
+        self.newest = torch.where(self.alive, drawn, self.newest)
+        self.position += self.alive
+
+    def harvest(self) -> int:
+        """Turns sequences that have ended into episodes and frees their slots; returns how many."""
+        # The look: here Python waits for the device.
+        counts = self.count.tolist()
+        alive = self.alive.tolist()
+        ended = [slot for slot in self.busy if not alive[slot]]
+        for slot in ended:
+            sequence = self.busy.pop(slot)
+            self.episodes[sequence] = self.episode(sequence, slot, counts[slot])
+        return len(ended)
+
+    def episode(self, sequence: int, slot: int, length: int) -> Episode:
+        prompt_index = self.queue[sequence]
+        response = self.tokens[slot, :length].cpu().clone()
+        return Episode(
+            prompt=torch.tensor(self.prompts[prompt_index]),
+            response=response,
+            logp=self.logps[slot, :length].cpu().clone(),
+            entropy=self.entropies[slot, :length].cpu().clone(),
+            finished=int(response[-1]) in self.sampler.eos_ids,
+            prompt_index=prompt_index,
+        )
+
+    def shrink(self) -> None:
+        """When nothing waits and at most half of the slots are busy, keeps only those."""
+        few_left = 0 < len(self.busy) <= self.rows // 2
+        if self.waiting or not few_left:
+            return
+        kept = sorted(self.busy)
+        keep = self.on_device(kept)
+        self.busy = {row: self.busy[slot] for row, slot in enumerate(kept)}
+        self.rows = len(kept)
+        self.newest = self.newest[keep]
+        self.position = self.position[keep]
+        self.count = self.count[keep]
+        self.alive = self.alive[keep]
+        self.tokens = self.tokens[keep]
+        self.logps = self.logps[keep]
+        self.entropies = self.entropies[keep]
+        self.cache = self.sampler.with_rows(self.cache, keep)

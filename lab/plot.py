@@ -1,10 +1,13 @@
 """Two pictures of runs: `python -m lab.plot runs/a runs/b ...` (needs matplotlib).
 
-    curves.png     over the steps: reward, validation Pass@1, response length, entropy, psi / |A|, clipped tokens
-    pass_at_k.png  Pass@K on the validation problems, before and after, with 95 % intervals over problems
+    curves.png     over the steps: reward, validation Pass@1, response length, entropy, psi / |A|,
+                   clipped tokens
+    pass_at_k.png  Pass@K on the validation problems, before and after, with 95 % intervals over
+                   problems
 
-Runs whose settings differ only in the seed are drawn together: the mean as a line, the smallest and largest as a band.
-A folder given twice counts once. Lines differ in dashes and markers as well as in shade, for prints without colours.
+Runs whose settings differ only in the seed are drawn together: the mean as a line, the smallest and
+largest as a band. A folder given twice counts once. Lines differ in dashes and markers as well as
+in shade, for prints without colours.
 """
 
 import dataclasses
@@ -14,16 +17,35 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import read_json
-from evaluate import bootstrap, flag, parse_flags, pass_table
-from train import Settings as TrainSettings
+from evaluate import bootstrap, pass_table
+from plumbing.checkpoint import read_json
+from plumbing.settings import Settings as TrainSettings
+from plumbing.settings import flag, parse_flags
 
-PANELS = (("reward", "mean reward, -1 to 1"), ("validation", "validation Pass@1"), ("length", "response length, tokens"),
-          ("entropy", "entropy, nats per token"), ("shaping", "ψ / |A|, mean over tokens"), ("clipped", "clipped tokens, fraction"),
-          ("shaping_up", "ψ / |A|, tokens of positive A"), ("shaping_down", "ψ / |A|, tokens of negative A"))
-STYLES = [dict(color=c, linestyle=l, marker=m) for c, l, m in (
-          ("0.0", "-", "o"), ("0.45", "--", "s"), ("0.2", ":", "^"), ("0.6", "-.", "D"), ("0.3", (0, (5, 1, 1, 1)), "v"), ("0.7", (0, (1, 3)), "x"))]
-SPEED = ("slots", "micro_tokens", "chunk", "skip_zero", "compile", "device")    # change nothing but time and rounding
+# Curve -> label of its axis. At most six are drawn: those that all runs have, in this order.
+PANELS = {
+    "reward": "mean reward, -1 to 1",
+    "validation": "validation Pass@1",
+    "length": "response length, tokens",
+    "entropy": "entropy, nats per token",
+    "shaping": "ψ / |A|, mean over tokens",
+    "clipped": "clipped tokens, fraction",
+    "shaping_up": "ψ / |A|, tokens of positive A",
+    "shaping_down": "ψ / |A|, tokens of negative A",
+}
+STYLES = [
+    dict(color="0.0", linestyle="-", marker="o"),
+    dict(color="0.45", linestyle="--", marker="s"),
+    dict(color="0.2", linestyle=":", marker="^"),
+    dict(color="0.6", linestyle="-.", marker="D"),
+    dict(color="0.3", linestyle=(0, (5, 1, 1, 1)), marker="v"),
+    dict(color="0.7", linestyle=(0, (1, 3)), marker="x"),
+]
+BASE_STYLE = dict(color="0.5", linestyle=":", marker=".")
+
+# Settings that say where a run is, and those that change nothing but time and rounding.
+PLACE = ("name", "out", "overwrite", "resume")
+SPEED = ("slots", "micro_tokens", "chunk", "skip_zero", "device")
 
 
 @dataclasses.dataclass
@@ -33,101 +55,199 @@ class Settings:
 
 
 def read_run(folder: Path) -> dict:
-    """Settings, curves {name: {step: value}} and validation of a run, which may still be running. FileNotFoundError
-    or ValueError name what is missing."""
+    """Settings, curves {name: {step: value}} and validation of a run, which may still be running.
+    FileNotFoundError or ValueError name what is missing."""
     for name in ("config.json", "log.jsonl"):
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder} is no run folder: it has no {name}")
-
-    def read(name: str) -> list[dict]:
-        lines = (folder / name).read_text().split("\n") if (folder / name).exists() else [""]
-        return [json.loads(line) for line in lines[:-1]]        # the last has no end: empty, or cut by a kill
-
     try:
-        settings, log = TrainSettings(**read_json(folder / "config.json")), read("log.jsonl")
-        curves = {name: {line["step"]: line[name] for line in log} for name in ("reward", "length", "entropy", "shaping")}
-        curves["clipped"] = {line["step"]: None if line["clip_low"] is None else line["clip_low"] + line["clip_high"]
-                             for line in log}
-        curves["validation"] = {v["step"]: sum(v["solved"]) / len(v["solved"]) / v["samples"] for v in read("validation.jsonl")}
+        settings = TrainSettings(**read_json(folder / "config.json"))
+        log = read_whole_lines(folder / "log.jsonl")
+        validations = read_whole_lines(folder / "validation.jsonl")
+        curves = curves_of(log, validations)
     except (TypeError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} was not written by this version of train.py ({type(error).__name__}: {error})") from None
-    final = read_json(folder / "validation.json") if (folder / "validation.json").exists() else None
-    return {"settings": settings, "model": settings.model, "curves": curves, "final": final}
+        raise ValueError(
+            f"{folder} was not written by this version of train.py "
+            f"({type(error).__name__}: {error})"
+        ) from None
+    final = folder / "validation.json"
+    return {
+        "settings": settings,
+        "model": settings.model,
+        "curves": curves,
+        "final": read_json(final) if final.exists() else None,
+    }
+
+
+def read_whole_lines(file: Path) -> list[dict]:
+    if not file.exists():
+        return []
+    lines = file.read_text().split("\n")
+    whole = lines[:-1]  # the last has no end: it is empty, or a kill cut it
+    return [json.loads(line) for line in whole]
+
+
+def curves_of(log: list[dict], validations: list[dict]) -> dict[str, dict[int, float | None]]:
+    """Curve -> step -> value; None where nothing was measured."""
+    curves = {}
+    for name in ("reward", "length", "entropy", "shaping"):
+        curves[name] = {line["step"]: line[name] for line in log}
+    curves["clipped"] = {line["step"]: clipped(line) for line in log}
+    curves["validation"] = {line["step"]: pass_at_1(line) for line in validations}
+    return curves
+
+
+def clipped(line: dict) -> float | None:
+    if line["clip_low"] is None:
+        return None
+    return line["clip_low"] + line["clip_high"]
+
+
+def pass_at_1(validation: dict) -> float:
+    solved = validation["solved"]
+    return sum(solved) / len(solved) / validation["samples"]
 
 
 def by_settings(runs: list[dict]) -> dict[str, list[dict]]:
-    """Runs that differ in nothing but the seed (and where they are, and SPEED) -> one entry, named by what it has of its own."""
-    names = [f.name for f in dataclasses.fields(TrainSettings)
-             if f.name not in ("name", "out", "overwrite", "resume", "seed", *SPEED)]
-    value = lambda run, name: getattr(run["settings"], name)
-    own = [name for name in names if name != "algo" and len({value(run, name) for run in runs}) > 1]
+    """Runs that differ in nothing but the seed (and PLACE and SPEED) -> one entry, named by what it
+    has of its own."""
+    left_out = ("seed", *PLACE, *SPEED)
+    fields = [field.name for field in dataclasses.fields(TrainSettings)]
+    names = [name for name in fields if name not in left_out]
+
+    # The values of all other settings are the key.
     groups: dict[tuple, list[dict]] = {}
     for run in runs:
-        groups.setdefault(tuple(value(run, name) for name in names), []).append(run)
-    return {f"{', '.join([value(found[0], 'algo'), *(f'{name} {value(found[0], name)}' for name in own)])} "
-            f"({len(found)} run{'s' * (len(found) > 1)})": found for found in groups.values()}
+        values = tuple(getattr(run["settings"], name) for name in names)
+        groups.setdefault(values, []).append(run)
+
+    # A title says what tells its group from the others.
+    different = []
+    for name in names:
+        values = {getattr(run["settings"], name) for run in runs}
+        if len(values) > 1 and name != "algo":  # which every title has
+            different.append(name)
+    return {title(members, different): members for members in groups.values()}
 
 
-def band(curves: list[dict[int, float]]) -> np.ndarray:
-    """Curves of several seeds -> rows of step, mean, smallest, largest, over the steps that all of them have measured."""
-    steps = sorted(set.intersection(*({step for step, value in curve.items() if value is not None} for curve in curves)))
-    values = np.array([[curve[step] for curve in curves] for step in steps]).reshape(len(steps), len(curves))
+def title(runs: list[dict], names: list[str]) -> str:
+    settings = runs[0]["settings"]
+    parts = [settings.algo]
+    parts += [f"{name} {getattr(settings, name)}" for name in names]
+    plural = "s" if len(runs) > 1 else ""
+    return f"{', '.join(parts)} ({len(runs)} run{plural})"
+
+
+def band(curves: list[dict[int, float | None]]) -> np.ndarray:
+    """Curves of several seeds -> rows of step, mean, smallest, largest, over the steps that all of
+    them have measured."""
+    measured = []
+    for curve in curves:
+        measured.append({step for step, value in curve.items() if value is not None})
+    steps = sorted(set.intersection(*measured))
+    values = np.array([[curve[step] for curve in curves] for step in steps])
+    values = values.reshape(len(steps), len(curves))  # also if there is no step
     return np.column_stack([steps, values.mean(1), values.min(1), values.max(1)])
 
 
 def pass_curve(runs: list[dict], model: str) -> np.ndarray:
-    """Rows of K, mean Pass@K, low, high; over the problems, of each problem's mean over the seeds."""
-    n = min(run["final"]["models"][model]["samples"] for run in runs)
-    ks = [2 ** i for i in range(n.bit_length())]
-    values = np.mean([pass_table(run["final"]["models"][model]["solved"], run["final"]["models"][model]["samples"], ks)
-                      for run in runs], axis=0)
-    return np.column_stack([ks, values.mean(0), *bootstrap(values)])
+    """Rows of K, mean Pass@K, low, high; over the problems, of each problem's mean over the seeds.
+    `model` is "base" or "trained"."""
+    counts = [run["final"]["models"][model] for run in runs]
+    samples = min(count["samples"] for count in counts)
+    ks = [2**i for i in range(samples.bit_length())]
+    tables = [pass_table(count["solved"], count["samples"], ks) for count in counts]
+    values = np.mean(tables, axis=0)  # [problems, K]
+    low, high = bootstrap(values)
+    return np.column_stack([ks, values.mean(0), low, high])
 
 
 def draw(groups: dict[str, list[dict]], out: Path, problems: str = "validation") -> list[Path]:
+    """Draws both pictures, the second only if a run has finished -> their files. `problems` says in
+    a label what Pass@K was measured on. ValueError without matplotlib."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError:
         raise ValueError("pictures need matplotlib: pip install matplotlib") from None
     out.mkdir(parents=True, exist_ok=True)
-    written = [out / "curves.png", out / "pass_at_k.png"]
-    figure = Figure((12, 6.5), layout="constrained")
-    panels = (p for p in PANELS if all(p[0] in r["curves"] for runs in groups.values() for r in runs))
-    for axis, (name, label) in zip(figure.subplots(2, 3).flat, panels):
-        for style, (group, runs) in zip(STYLES * len(groups), groups.items()):
-            step, mean, low, high = band([run["curves"][name] for run in runs]).T
-            axis.plot(step, mean, label=group, markevery=max(1, len(step) // 6), markersize=4, linewidth=1.2, **style)
-            axis.fill_between(step, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        axis.set(xlabel="step", ylabel=label)
-        axis.grid(color="0.9")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(written[0], dpi=110)
+    draw_curves(groups, out / "curves.png")
+    written = [out / "curves.png"]
 
-    finished = {group: found for group, runs in groups.items() if (found := [run for run in runs if run["final"]])}
-    if not finished:
-        return written[:1]
+    finished = {}
+    for name, runs in groups.items():
+        done = [run for run in runs if run["final"]]
+        if done:
+            finished[name] = done
+    if finished:
+        draw_pass_at_k(finished, out / "pass_at_k.png", problems)
+        written.append(out / "pass_at_k.png")
+    return written
+
+
+def draw_curves(groups: dict[str, list[dict]], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    every_run = [run for runs in groups.values() for run in runs]
+    drawn = [name for name in PANELS if all(name in run["curves"] for run in every_run)]
+    styles = STYLES * len(groups)  # enough for all
+    figure = Figure((12, 6.5), layout="constrained")
+    for axis, name in zip(figure.subplots(2, 3).flat, drawn):
+        for style, (label, runs) in zip(styles, groups.items()):
+            curve = band([run["curves"][name] for run in runs])
+            markers = max(1, len(curve) // 6)  # one every so many steps
+            draw_band(axis, curve, label, style, markevery=markers)
+        axis.set(xlabel="step", ylabel=PANELS[name])
+        axis.grid(color="0.9")
+    lines, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(file, dpi=110)
+
+
+def draw_pass_at_k(groups: dict[str, list[dict]], file: Path, problems: str) -> None:
+    """The models before, each once, then each group of finished runs."""
+    from matplotlib.figure import Figure
+
+    # A model that several runs started from is drawn once, as the last of them measured it.
+    models = {}
+    for runs in groups.values():
+        for run in runs:
+            models[run["model"]] = run
+
+    curves = {}
+    for model, run in models.items():
+        curves[Path(model).name] = pass_curve([run], "base")
+    for label, runs in groups.items():
+        curves[label] = pass_curve(runs, "trained")
+    styles = [BASE_STYLE] * len(models) + STYLES * len(curves)
+
     axis = Figure((7, 5), layout="constrained").subplots()
-    models = {run["model"]: run for runs in finished.values() for run in runs}
-    curves = {Path(model).name: pass_curve([run], "base") for model, run in models.items()}
-    curves |= {group: pass_curve(runs, "trained") for group, runs in finished.items()}
-    styles = [dict(color="0.5", linestyle=":", marker=".")] * len(models) + STYLES * len(curves)
     for style, (label, curve) in zip(styles, curves.items()):
-        k, mean, low, high = curve.T
-        axis.plot(k, mean, label=label, markersize=4, linewidth=1.2, **style)
-        axis.fill_between(k, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        draw_band(axis, curve, label, style)
     axis.set_xscale("log", base=2)
-    axis.set(xlabel="K, answers per problem", ylabel=f"Pass@K on {problems}, fraction of problems", ylim=(0, 1.02))
+    axis.set(
+        xlabel="K, answers per problem",
+        ylabel=f"Pass@K on {problems}, fraction of problems",
+        ylim=(0, 1.02),
+    )
     axis.xaxis.set_major_formatter("{x:.0f}")
     axis.grid(color="0.9")
     axis.legend(frameon=False)
-    axis.figure.savefig(written[1], dpi=110)
-    return written
+    axis.figure.savefig(file, dpi=110)
+
+
+def draw_band(axis, curve: np.ndarray, label: str, style: dict, **options) -> None:
+    """Rows of x, y, low, high: a line, and a band around it."""
+    x, y, low, high = curve.T
+    axis.plot(x, y, label=label, markersize=4, linewidth=1.2, **style, **options)
+    axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 if __name__ == "__main__":
     settings = parse_flags(Settings, __doc__)
     try:
-        found = [read_run(Path(run)) for run in dict.fromkeys(settings.runs)]
-        print(*draw(by_settings(found), Path(settings.out)), sep="\n")
+        folders = dict.fromkeys(settings.runs)  # each once
+        groups = by_settings([read_run(Path(folder)) for folder in folders])
+        for picture in draw(groups, Path(settings.out)):
+            print(picture)
     except (ValueError, OSError) as error:
         sys.exit(f"lab.plot: {error}")

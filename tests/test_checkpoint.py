@@ -1,12 +1,9 @@
-"""checkpoint.py: runs that are killed, filled up, interrupted and broken, and go on as if nothing had happened."""
+"""plumbing/checkpoint.py: runs that are killed, filled up, interrupted and broken go on as if
+nothing had happened: each is held, bit for bit, against a run that was left alone."""
 
-import dataclasses
-import json
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,168 +11,201 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import train
-from checkpoint import append, load_state, open_run, read_lines, resumed, save_run
-from model import load, save
-from train import Settings, adamw
+from model import load
+from plumbing.checkpoint import append_line, load_state, read_lines, save_state
+from plumbing.optimizer import make_optimizer
+from plumbing.pretrained import save
+from plumbing.settings import Settings
+from train import Trained
+from training_runs import finish, read_jsonl, start, wait_for_lines
 
-FLAGS = ("--steps 6 --prompts 4 --samples 4 --minibatch 2 --eval-problems 4 --eval-samples 2 --final-samples 4 --slots 8 "
-         "--max-new-tokens 48 --no-skip-zero --critic-warmup 2").split()
-TIMES = {"rollout_s", "reward_s", "score_s", "update_s", "peak_memory_gb"}
-# Kills itself at the n-th thing that a save does to model/ or the state: a file half written, or a rename not yet made.
-KILLED_IN_A_SAVE = """
-import os, runpy, signal, sys
-import safetensors.torch
-left = int(sys.argv.pop(1))
-def deadly(function):
-    def wrapped(*arguments, **options):
-        global left
-        target = str(arguments[1])
-        if "model" in os.path.basename(target) or "state" in os.path.basename(target):
-            left -= 1
-            if left == 0:
-                if function is save_file:
-                    with open(os.path.dirname(target) + "/.tmpXYZ", "wb") as half:
-                        half.write(bytes(1000))
-                os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
-    return wrapped
-save_file = safetensors.torch.save_file
-safetensors.torch.save_file, os.rename, os.replace = map(deadly, (save_file, os.rename, os.replace))
-sys.argv[0] = "train.py"
-runpy.run_path("train.py", run_name="__main__")
-"""
+FLAGS = (
+    "--steps 6 --prompts 4 --samples 4 --minibatch 2 --eval-problems 4 --eval-samples 2 "
+    "--final-samples 4 --slots 8 --max-new-tokens 48 --no-skip-zero --critic-warmup 2"
+).split()
+# What two equal runs do not share.
+MEASURED = {"rollout_s", "reward_s", "score_s", "update_s", "peak_memory_gb"}
+FILES = {
+    "config.json",
+    "log.jsonl",
+    "validation.jsonl",
+    "validation.json",
+    "state.safetensors",
+    "model",
+}
 
 
-def start(*arguments, program=("train.py",), **options):
-    return subprocess.Popen([sys.executable, *program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, **options)
+def lines(file: Path) -> list[dict]:
+    """Without what is measured."""
+    return [
+        {key: value for key, value in line.items() if key not in MEASURED}
+        for line in read_jsonl(file)
+    ]
 
 
-def finish(process):
-    """-> (exit code, last line of what it said of an error)"""
-    error = process.communicate()[1]
-    assert "Traceback" not in error, error
-    return process.returncode, error.strip().splitlines()[-1] if error.strip() else ""
+def assert_whole_and_nothing_left_over(run: Path) -> None:
+    assert {file.name for file in run.iterdir()} == FILES
+    assert not list((run / "model").glob(".*"))
+    state = load_file(run / "state.safetensors")
+    model = load_file(run / "model/model.safetensors")
+    assert model["model.norm.weight"].equal(state["policy/norm.weight/weight"])
 
 
-def wait_for_lines(process, file, count=1):
-    while process.poll() is None and not (file.exists() and len(file.read_text().splitlines()) >= count):
-        time.sleep(0.01)
+def assert_equal_runs(a: Path, b: Path, validated=(0, 6)) -> None:
+    """Bit for bit: weights, critic, moments; log and validations but for times and memory.
+    `validated`: the steps of b's validations."""
+    first = load_file(a / "state.safetensors")
+    second = load_file(b / "state.safetensors")
+    assert set(first) == set(second)
+    assert any(name.endswith("exp_avg_sq") for name in first)
+    for name in first:
+        assert first[name].equal(second[name])
+    assert_whole_and_nothing_left_over(a)
+    assert_whole_and_nothing_left_over(b)
 
-
-def lines(file):
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in file.read_text().splitlines()]
-
-
-def assert_equal_runs(a, b, validated=(0, 6)):
-    """Bit for bit: weights, critic, moments; log and validations but for times and memory; and nothing left over."""
-    first, second = load_file(a / "state.safetensors"), load_file(b / "state.safetensors")
-    assert set(first) == set(second) and any(name.endswith("exp_avg_sq") for name in first)
-    assert all(first[name].equal(second[name]) for name in first)
-    for run in (a, b):
-        assert load_file(run / "model/model.safetensors")["model.norm.weight"].equal(first["policy/norm.weight/weight"])
-        assert {file.name for file in run.iterdir()} == {"config.json", "log.jsonl", "validation.jsonl", "validation.json",
-                                                         "state.safetensors", "model"}
-        assert not list((run / "model").glob(".*"))
     assert lines(a / "log.jsonl") == lines(b / "log.jsonl")
     assert [line["step"] for line in lines(a / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines(b / "validation.jsonl")] == list(validated)
     assert (a / "validation.json").read_text() == (b / "validation.json").read_text()
 
 
-GRPO = pytest.mark.parametrize("whole", ["grpo"], indirect=True)            # where the algorithm makes no difference
+# Where the algorithm makes no difference.
+GRPO = pytest.mark.parametrize("whole", ["grpo"], indirect=True)
 
 
 @pytest.fixture(scope="module", params=["grpo", "ppo"])
-def whole(request, tmp_path_factory):
-    """A run of six steps in one go, saved once at the end: -> (its folder, the flags of its algorithm)"""
+def whole(request, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A run of six steps in one go, saved once at the end -> its folder, its algorithm's flags."""
     out = tmp_path_factory.mktemp(request.param)
     flags = [*FLAGS, "--algo", request.param, "--out", str(out)]
-    assert finish(start(*flags, "--name", "whole"))[0] == 0
+    code, error = finish(start(*flags, "--name", "whole"))
+    assert code == 0, error
     return out / "whole", flags
+
+
+def resume(run: Path) -> None:
+    code, error = finish(start("--resume", str(run)))
+    assert code == 0, error
+
+
+def kill(process) -> None:
+    process.kill()
+    process.communicate()
 
 
 def test_six_steps_are_three_and_three(whole):
     folder, flags = whole
-    process, halves = start(*flags, "--name", "halves", "--eval-every", "3"), folder.parent / "halves"
-    wait_for_lines(process, halves / "log.jsonl", 4)                        # in step 5: step 4 will be done again
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and (halves / "state.safetensors").exists()
-    assert finish(start("--resume", str(halves)))[0] == 0
+    halves = folder.parent / "halves"
+    process = start(*flags, "--name", "halves", "--eval-every", "3")
+    wait_for_lines(process, halves / "log.jsonl", 4)  # in step 5: step 4 will be done again
+    kill(process)
+    assert process.returncode == -signal.SIGKILL
+    assert (halves / "state.safetensors").exists()
+    resume(halves)
     assert_equal_runs(folder, halves, (0, 3, 6))
 
 
 def test_kill_9_at_random_moments(whole):
     """Up to five times, and then until it is through; a save after every step."""
     folder, flags = whole
+    run = folder.parent / "killed"
+    log = run / "log.jsonl"
     seed = time.time_ns()
-    run, moment, kills = folder.parent / "killed", random.Random(seed), 0
+    moment = random.Random(seed)
+    kills = 0
     arguments = [*flags, "--name", "killed", "--eval-every", "1"]
     while True:
-        process, before = start(*arguments), (run / "log.jsonl").read_text() if (run / "log.jsonl").exists() else ""
-        wait_for_lines(process, run / "log.jsonl", len(before.splitlines()) + 1)            # it is at work
+        process = start(*arguments)
+        before = len(log.read_text().splitlines()) if log.exists() else 0
+        wait_for_lines(process, log, before + 1)  # it is at work
         if kills < 5:
             time.sleep(moment.random() * 0.8)
             process.kill()
-        process.communicate()
-        kills += process.returncode == -signal.SIGKILL
+        _, error = process.communicate()
         if process.returncode == 0:
             break
-        assert process.returncode == -signal.SIGKILL, f"random seed {seed}"
+        assert process.returncode == -signal.SIGKILL, f"random seed {seed}: {error}"
+        kills += 1
         arguments = ["--resume", str(run)]
     assert kills > 0
     assert_equal_runs(folder, run, range(7))
 
 
-@pytest.mark.parametrize("whole, call", [("grpo", 3), ("grpo", 7), ("grpo", 8), ("ppo", 8)], indirect=["whole"])
+@pytest.mark.parametrize(
+    "whole, call", [("grpo", 3), ("grpo", 7), ("grpo", 8), ("ppo", 8)], indirect=["whole"]
+)
 def test_kill_9_inside_a_save(whole, call):
-    """The first save writes the model (1), renames it (2), writes the state (3) and renames it (4); the second writes the
-    model (5), moves the old one away (6), renames the new one (7), writes the state (8) and renames it (9)."""
+    """The first save writes the model (1), renames it (2), writes the state (3) and renames it (4);
+    the second writes the model (5), moves the old one away (6), renames the new one (7), writes the
+    state (8) and renames it (9)."""
     folder, flags = whole
     run = folder.parent / f"inside-{call}"
-    process = start(str(call), *flags, "--name", run.name, "--eval-every", "3", program=("-c", KILLED_IN_A_SAVE))
+    process = start(
+        str(call),
+        *flags,
+        "--name",
+        run.name,
+        "--eval-every",
+        "3",
+        script="tests/killed_in_a_save.py",
+    )
     process.communicate()
-    assert process.returncode == -signal.SIGKILL and (run / "state.safetensors").exists() == (call > 4)
-    assert call != 7 or (run / ".model.old/config.json").exists() and not (run / "model").exists()
-    assert call == 7 or list(run.glob("*/.tmpXYZ"))                         # a file half written
-    assert finish(start("--resume", str(run)))[0] == 0
+    assert process.returncode == -signal.SIGKILL
+    in_second_save = call > 4
+    assert (run / "state.safetensors").exists() == in_second_save
+    if call == 7:
+        assert (run / ".model.old/config.json").exists()
+        assert not (run / "model").exists()
+    else:
+        assert list(run.glob("*/.tmpXYZ"))  # a file half written
+    resume(run)
     assert_equal_runs(folder, run, (0, 3, 6))
 
 
 @GRPO
 def test_a_full_disk_loses_nothing(whole):
-    """A limit on the size of files fails a save as a full disk would: below the size of the model, then between it and
-    that of the state."""
+    """A limit on the size of files fails a save as a full disk would: below the size of the model,
+    then between it and that of the state."""
     folder, flags = whole
     run = folder.parent / "full"
+    state = run / "state.safetensors"
     process = start(*flags, "--name", "full", "--eval-every", "1")
-    while process.poll() is None and not (run / "state.safetensors").exists():
+    while process.poll() is None and not state.exists():
         time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    before = (run / "state.safetensors").read_bytes()
+    kill(process)
+    before = state.read_bytes()
+
     for limit, file in ((1_000_000, "model"), (3_000_000, "state.safetensors")):
-        limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        code, error = finish(start("--resume", str(run), preexec_fn=limited))
-        assert code == 1 and error.startswith(f"train.py: {run}/{file} could not be written (")
-        assert (run / "state.safetensors").read_bytes() == before and not list(run.glob("*.tmp"))
-    assert finish(start("--resume", str(run)))[0] == 0
+
+        def limit_files() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        code, error = finish(start("--resume", str(run), preexec_fn=limit_files))
+        assert code == 1
+        assert error.startswith(f"train.py: {run}/{file} could not be written (")
+        assert state.read_bytes() == before
+        assert not list(run.glob("*.tmp"))
+    resume(run)
     assert_equal_runs(folder, run, range(7))
 
 
-def test_a_full_disk_in_small_files(tmp_path):
-    with pytest.raises(OSError, match="/dev/full could not be written .No space left on device"):
-        append(Path("/dev/full"), {})
+def test_a_full_disk_fails_a_log_line_in_a_sentence():
+    sentence = "/dev/full could not be written .No space left on device"
+    with pytest.raises(OSError, match=sentence):
+        append_line(Path("/dev/full"), {})
+
+
+class TokenizerOnAFullDisk:
+    def save_pretrained(self, folder):
+        # What the tokenizers library raises there: no OSError.
+        raise Exception("No space left on device (os error 28)")
+
+
+def test_a_full_disk_leaves_the_model_that_was_there(tmp_path):
     model, tokenizer = load("base")
     save(model, tokenizer, tmp_path / "model")
-
-    class Full:
-        def save_pretrained(self, folder):                                  # what tokenizers raises there
-            raise Exception("No space left on device (os error 28)")
     with pytest.raises(OSError, match="model could not be written .No space left"):
-        save(model, Full(), tmp_path / "model")
+        save(model, TokenizerOnAFullDisk(), tmp_path / "model")
     load(str(tmp_path / "model"))
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
@@ -185,146 +215,124 @@ def test_a_full_disk_in_small_files(tmp_path):
 def test_a_signal_lets_the_step_be_saved_and_says_how_to_go_on(whole, number):
     folder, flags = whole
     run = folder.parent / f"stopped-{number.name}"
-    process = start(*flags, "--name", run.name)                             # without a signal, only step 6 is saved
+    process = start(*flags, "--name", run.name)  # without a signal, only step 6 is saved
     wait_for_lines(process, run / "log.jsonl")
     process.send_signal(number)
     code, error = finish(process)
     done = len(lines(run / "log.jsonl"))
-    assert code == 1 and error == f"train.py: stopped; go on from step {done} with: python train.py --resume {run}"
-    assert load_state(run, parts_of("base")) == done >= 1
-    assert finish(start("--resume", str(run)))[0] == 0
+    assert code == 1
+    assert error == (
+        f"train.py: stopped; go on from step {done} with: python train.py --resume {run}"
+    )
+    assert load_state(run, untrained_parts()) == done >= 1
+    resume(run)
     assert_equal_runs(folder, run)
 
 
-def test_a_second_signal_stops_at_once(tmp_path):
-    process = start("--out", str(tmp_path), "--name", "run", "--eval-problems", "1", "--final-samples", "1", "--steps", "1")
-    wait_for_lines(process, tmp_path / "run/validation.jsonl")              # now in the first step, of 512 sequences
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    code, error = finish(process)
-    assert code == 1 and error == f"train.py: stopped; go on from step 0 with: python train.py --resume {tmp_path}/run"
-    assert not (tmp_path / "run/log.jsonl").exists()
+def content_of(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 @GRPO
 def test_a_finished_run_prints_its_table_again_and_changes_nothing(whole):
     folder, _ = whole
-    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    process = start("--resume", str(folder))
-    assert "trained - base" in process.communicate()[0]
-    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    before = content_of(folder)
+    printed, _ = start("--resume", str(folder)).communicate()
+    assert "trained - base" in printed
+    assert content_of(folder) == before
 
 
 def test_weights_that_are_not_finite_stop_the_run_and_are_not_saved(tmp_path):
-    """An absurd learning rate; the groups may all be equal then, and no loss be there to look at."""
-    absurd = ["--skip-zero", "--lr", "1e30", "--eval-every", "1", "--name", "run", "--out", str(tmp_path)]
-    code, error = finish(start(*FLAGS, *absurd))
-    assert code == 1 and error.startswith("train.py: stopped in step ") and ("finite" in error or "nan" in error.lower())
-    saved = (tmp_path / "run/state.safetensors").exists()
-    assert (f"--model {tmp_path}/run/model" in error) == saved == (tmp_path / "run/model").exists()
+    """An absurd learning rate; the groups may all be equal then, and no loss be there to look
+    at."""
+    absurd = "--skip-zero --lr 1e30 --eval-every 1 --name run".split()
+    run = tmp_path / "run"
+    code, error = finish(start(*FLAGS, *absurd, "--out", str(tmp_path)))
+    assert code == 1
+    assert error.startswith("train.py: stopped in step ")
+    assert "finite" in error or "nan" in error.lower()
+    saved = (run / "state.safetensors").exists()
+    assert (f"--model {run}/model" in error) == saved == (run / "model").exists()
     assert ("nothing was saved yet" in error) != saved
     for file in tmp_path.rglob("*.safetensors"):
-        assert all(tensor.isfinite().all() for tensor in load_file(file).values())
+        for tensor in load_file(file).values():
+            assert tensor.isfinite().all()
 
 
-@GRPO
-def test_what_cannot_be_resumed(whole, tmp_path):
-    folder, _ = whole
-    for missing in (tmp_path / "nowhere", ""):
-        with pytest.raises(FileNotFoundError, match="there is no run .*: it has no config.json"):
-            resumed(str(missing), ["--resume", str(missing)], Settings)
-    for flags in (["--lr", "1"], ["--algo=grpo"], ["--overwrite"]):         # defaults too
-        with pytest.raises(ValueError, match="no other flag goes with it"):
-            resumed(str(folder), ["--resume", str(folder), *flags], Settings)
-    good = json.loads((folder / "config.json").read_text())
-    for change, match in (({"beta": 1}, "another version of train.py: the two differ in beta"),
-                          ({"steps": "6"}, "steps cannot be '6'"), ({"prompts": 2.0}, "prompts cannot be 2.0"), ({"algo": "dapo"}, "algo cannot be 'dapo'"),
-                          ({"lr": None}, "lr cannot be None")):
-        (tmp_path / "config.json").write_text(json.dumps(good | change))
-        with pytest.raises(ValueError, match=match):
-            resumed(str(tmp_path), [], Settings)
-    (tmp_path / "config.json").write_text(json.dumps(good | {"lr": 1}))     # a whole number is a number
-    assert resumed(str(tmp_path), [], Settings).lr == 1
+def untrained_parts() -> dict[str, Trained]:
+    model, _ = load("base")
+    return {"policy": Trained(model, make_optimizer(model, 0.1, Settings()))}
 
 
-def parts_of(model="base"):
-    model = load(model)[0]
-    return {"policy": (model, adamw(model, 0.1, Settings()))}
+def without(tensors: dict, name: str) -> dict:
+    return {key: tensor for key, tensor in tensors.items() if key != name}
 
 
 @GRPO
 def test_a_damaged_state_is_refused_in_a_sentence(whole, tmp_path):
     folder, _ = whole
-    good, step = load_file(folder / "state.safetensors"), {"step": "6"}
-    assert load_state(folder, parts_of()) == 6 and load_state(tmp_path, parts_of()) == 0
-    name = "policy/norm.weight/"
-    bad = {"lacks a tensor": ({k: v for k, v in good.items() if k != name + "weight"}, step),
-           "lacks a moment": ({k: v for k, v in good.items() if k != name + "exp_avg"}, step),
-           "holds NaN": (good | {name + "weight": torch.full((96,), torch.nan)}, step),
-           "belongs to another model": (good | {name + "weight": torch.ones(5)}, step),
-           "or algorithm": (good | {"critic/value.bias/weight": torch.ones(1)}, step),
-           "no metadata": (good, None), "no step": (good, {"step": "x"})}
-    for match, (tensors, metadata) in bad.items():
+    good = load_file(folder / "state.safetensors")
+    step = {"step": "6"}
+    assert load_state(folder, untrained_parts()) == 6
+    weight = "policy/norm.weight/weight"
+    nan = {weight: torch.full((96,), torch.nan)}
+    other_shape = {weight: torch.ones(5)}
+    other_algorithm = {"critic/value.bias/weight": torch.ones(1)}
+    # Tensors and metadata -> what the sentence says of them.
+    damaged = [
+        (without(good, weight), step, ""),
+        (without(good, "policy/norm.weight/exp_avg"), step, ""),
+        (good | nan, step, ".*holds NaN"),
+        (good | other_shape, step, ".*belongs to another model"),
+        (good | other_algorithm, step, ".*or algorithm"),
+        (good, None, ""),
+        (good, {"step": "x"}, ""),
+    ]
+    for tensors, metadata, what in damaged:
         save_file(tensors, tmp_path / "state.safetensors", metadata=metadata)
-        with pytest.raises(ValueError, match="is not a whole state of this run" + (f".*{match}" if match in (
-                "holds NaN", "belongs to another model", "or algorithm") else "")):
-            load_state(tmp_path, parts_of())
-    (tmp_path / "state.safetensors").write_bytes((folder / "state.safetensors").read_bytes()[:100_000])
+        with pytest.raises(ValueError, match="is not a whole state of this run" + what):
+            load_state(tmp_path, untrained_parts())
+
+
+@GRPO
+def test_half_a_state_is_refused_in_a_sentence(whole, tmp_path):
+    folder, _ = whole
+    half = (folder / "state.safetensors").read_bytes()[:100_000]
+    (tmp_path / "state.safetensors").write_bytes(half)
     with pytest.raises(ValueError, match="is not a whole state"):
-        load_state(tmp_path, parts_of())
-    parts = parts_of()
+        load_state(tmp_path, untrained_parts())
+
+
+def test_a_run_without_a_state_is_at_step_0(tmp_path):
+    assert load_state(tmp_path, untrained_parts()) == 0
+
+
+def test_what_is_not_finite_is_never_saved(tmp_path):
+    parts = untrained_parts()
     with torch.no_grad():
-        parts["policy"][0].norm.weight[0] = torch.inf
+        parts["policy"].module.norm.weight[0] = torch.inf
     with pytest.raises(FloatingPointError, match="policy/norm.weight/weight holds NaN or infinity"):
-        save_run(tmp_path / "new", 1, parts, None)
+        save_state(tmp_path / "new", 1, parts, None)
     assert not (tmp_path / "new").exists()
 
 
-def test_a_log_is_cut_where_the_state_ends_and_a_damaged_one_is_left_alone(tmp_path):
+def test_a_log_is_cut_where_the_state_ends(tmp_path):
     file = tmp_path / "log.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "rew')
     assert read_lines(file, 2, range(1, 3)) == [{"step": 1}, {"step": 2}]
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_damaged_log_is_left_alone(tmp_path):
+    file = tmp_path / "log.jsonl"
     torn = '{"step": 1}\n{"st\n{"step": 3}\n'
     file.write_text(torn)
     with pytest.raises(ValueError, match="the saved state is of step 3, but step 2 is missing"):
         read_lines(file, 3, range(1, 4))
     assert file.read_text() == torn
+
+
+def test_a_log_may_be_missing_only_where_no_line_of_it_is_wanted(tmp_path):
     assert read_lines(tmp_path / "none", 0, range(0)) == []
     with pytest.raises(ValueError, match="step 0 is missing"):
         read_lines(tmp_path / "none", 3, range(0, 3, 3))
-
-
-def test_a_run_folder_never_lacks_its_settings(tmp_path, monkeypatch):
-    s = Settings(out=str(tmp_path))
-    with monkeypatch.context() as patch:
-        patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            open_run(s, "run")
-    assert not (tmp_path / "run").exists()
-    assert json.loads((open_run(s, "run") / "config.json").read_text()) == dataclasses.asdict(s)
-    assert [file.name for file in tmp_path.iterdir()] == ["run"]
-    with pytest.raises(FileExistsError, match="--resume"):
-        open_run(s, "run")
-
-
-ARMS = {"grpo, alpha 0.4, entropy_coef 0.0, clip_high 0.28": {},
-        "grpo, alpha 0.0, entropy_coef 0.0, clip_high 0.28": dict(alpha=0.0),
-        "grpo, alpha 0.0, entropy_coef 0.01, clip_high 0.28": dict(alpha=0.0, entropy_coef=0.01),
-        "grpo, alpha 0.4, entropy_coef 0.0, clip_high 0.2": dict(clip_high=0.2),
-        "ppo, alpha 0.1, entropy_coef 0.0, clip_high 0.28": dict(algo="ppo", critic_warmup=1),
-        "ppo, alpha 0.0, entropy_coef 0.0, clip_high 0.28": dict(algo="ppo", critic_warmup=1, alpha=0.0)}
-
-
-def test_every_arm_runs_and_is_told_by_its_log_and_its_name(tmp_path, monkeypatch):
-    mixed = lambda self, problem, text, finished: 1.0 if len(text) % 3 == 0 else -1.0      # so that every group teaches
-    monkeypatch.setattr(type(train.load_task("countdown")), "reward", mixed)
-    small = dict(out=str(tmp_path), steps=2, prompts=4, samples=4, minibatch=1, eval_problems=1, eval_samples=1,
-                 final_samples=1, slots=16, max_new_tokens=40, skip_zero=False, lr=1e-2)
-    runs = [train.train(Settings(**small, **arm)) for arm in ARMS.values()]
-    assert [[line["arm"] for line in lines(run / "log.jsonl")] for run in runs] == [[name] * 2 for name in ARMS]
-    assert len({run.name for run in runs}) == len(ARMS)
-    weights = [load(str(run))[0].norm.weight for run in runs]
-    assert len({tuple(w.tolist()) for w in weights}) == len(ARMS)           # and every arm does something of its own

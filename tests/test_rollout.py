@@ -1,195 +1,417 @@
-"""rollout.py against a full forward pass per sequence (in transformers), the softmax, and enumeration."""
+"""rollout.py against a full forward pass per sequence (in transformers), the softmax, and a slow
+loop for top-p."""
 
 import pytest
 import torch
 
 import rollout
-from conftest import FAMILIES
+from conftest import FAMILIES, dice, distance, entropy_of, load_model, logits, picked
 from lab.pretrain import countdown_tokenizer
 from model import load
-from rollout import Episode, Sampler, sample, seeded_generator, texts, truncate
+from plumbing.seeds import seeded_generator
+from rollout import Episode, Sampler, sample, texts, truncate
 
 
-def prompts_of(lengths, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randint(1, 112, (n,), generator=g).tolist() for n in lengths]
+def prompts_of(lengths):
+    """A random prompt of each length."""
+    g = dice(0)
+    return [torch.randint(1, 112, (length,), generator=g).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("temperature, slots, eos, prefill, changes", [
-    (1.0, 4, (0,), 16384, {}),                              # more sequences than slots; padding is 0, and so is the end
-    (0.7, 7, (0, 3, 50), 16384, {"tie_word_embeddings": False}),        # several end tokens
-    (1.0, 100, (0,), 20, {"num_key_value_heads": 4}),       # more slots than sequences; a prefill of few prompts
-    (1.4, 3, (9,), 1, {"num_key_value_heads": 1}),          # one prompt per prefill
-    *((1.0, 4, (0,), 16384, family) for family in FAMILIES)])
-def test_cached_refilled_ragged_decoding_equals_a_full_forward(qwen2, monkeypatch, temperature, slots, eos, prefill, changes):
+def responses(episodes):
+    return [episode.response.tolist() for episode in episodes]
+
+
+@pytest.fixture
+def random():
+    return seeded_generator(0, 0, "test")
+
+
+@pytest.mark.parametrize(
+    "changes, temperature, slots, eos, prefill",
+    [
+        # More sequences than slots; padding is 0, and so is the end.
+        ({}, 1.0, 4, [0], 16384),
+        # Several end tokens.
+        ({"tie_word_embeddings": False}, 0.7, 7, [0, 3, 50], 16384),
+        # More slots than sequences; a prefill of few prompts.
+        ({"num_key_value_heads": 4}, 1.0, 100, [0], 20),
+        # One prompt per prefill.
+        ({"num_key_value_heads": 1}, 1.4, 3, [9], 1),
+        *((family, 1.0, 4, [0], 16384) for family in FAMILIES),
+    ],
+)
+def test_cached_refilled_ragged_decoding_equals_a_full_forward(
+    qwen2, monkeypatch, random, changes, temperature, slots, eos, prefill
+):
     monkeypatch.setattr(rollout, "PREFILL_TOKENS", prefill)
     folder, reference = qwen2(**changes)
     reference = reference.double()
-    model, _ = load(str(folder))
     prompts = prompts_of([1, 12, 2, 7, 1, 30])
-    episodes = Sampler(model, slots, 80, eos).generate(prompts, 5, 50, temperature, seeded_generator(0, 0, "test"))
-    assert [e.prompt_index for e in episodes] == [i for i in range(6) for _ in range(5)]
-    assert len({tuple(e.response.tolist()) for e in episodes}) == 30        # no slot repeats another
+    sampler = Sampler(load_model(folder), slots, max_length=80, eos_ids=eos)
+    episodes = sampler.generate(
+        prompts,
+        samples_per_prompt=5,
+        max_new_tokens=50,
+        temperature=temperature,
+        generator=random,
+    )
+
+    different = {str(response) for response in responses(episodes)}
+    lengths = {len(e.response) for e in episodes}
+    assert len(different) == 30  # no slot repeats another
+    assert len(lengths) > 5
+    assert any(e.finished for e in episodes)
+    for i, e in enumerate(episodes):
+        assert e.prompt_index == i // 5
+        assert e.prompt.tolist() == prompts[i // 5]
+        assert_ends_where_it_says(e, eos, max_new_tokens=50)
+        assert_equals_a_full_forward(e, reference, temperature)
+
+
+def assert_ends_where_it_says(episode, eos, max_new_tokens):
+    ends = [int(token) in eos for token in episode.response]
+    assert not any(ends[:-1])
+    assert episode.finished == ends[-1]
+    assert episode.finished or len(episode.response) == max_new_tokens
+
+
+def assert_equals_a_full_forward(episode, reference, temperature):
+    """`reference` is transformers' model, in float64."""
+    assert episode.logp.dtype == torch.float32
+    assert episode.entropy.dtype == torch.float32
+    tokens = torch.cat((episode.prompt, episode.response))
+    z = reference(tokens[None]).logits[0] / temperature
+    want = before_response(z, episode).log_softmax(-1)
+    assert distance(episode.logp, picked(want, episode.response)) <= 1e-4
+    assert distance(episode.entropy, entropy_of(want)) <= 1e-4
+
+
+def before_response(z, episode):
+    """What the model says when it has read up to the token before each of the response: of
+    [P + R, V] the rows [R, V]."""
+    last_of_prompt = len(episode.prompt) - 1
+    return z[last_of_prompt:-1]
+
+
+def test_an_end_token_on_the_last_allowed_place_counts_as_finished(model, random):
+    every_token = range(112)
+    sampler = Sampler(model, slots=64, max_length=8, eos_ids=every_token)
+    episodes = sampler.generate(
+        prompts_of([3]),
+        samples_per_prompt=40,
+        max_new_tokens=1,
+        temperature=1.0,
+        generator=random,
+    )
     for e in episodes:
-        assert e.prompt.tolist() == prompts[e.prompt_index]
-        assert e.logp.dtype == e.entropy.dtype == torch.float32
-        ends = [int(t) in eos for t in e.response]
-        assert not any(ends[:-1]) and e.finished == ends[-1] and (e.finished or len(e.response) == 50)
-        z = reference(torch.cat((e.prompt, e.response))[None]).logits[0, len(e.prompt) - 1:-1] / temperature
-        want = z.log_softmax(-1)
-        assert (e.logp - want.gather(1, e.response[:, None])[:, 0]).abs().max() <= 1e-4
-        assert (e.entropy + (want.exp() * want).sum(-1)).abs().max() <= 1e-4
-    assert any(e.finished for e in episodes) and len({len(e.response) for e in episodes}) > 5
+        assert e.finished
+        assert len(e.response) == 1
 
 
-def test_an_end_token_on_the_last_allowed_place_counts_as_finished(qwen2):
-    model, _ = load(str(qwen2()[0]))
-    episodes = Sampler(model, 64, 8, range(112)).generate(prompts_of([3]), 40, 1, 1.0, seeded_generator(0, 0, "test"))
-    assert all(e.finished and len(e.response) == 1 for e in episodes)
-
-
-def test_the_tail_with_fewer_rows_equals_the_rest(qwen2):
+@torch.no_grad()
+def test_the_tail_with_fewer_rows_equals_the_rest(model):
     """When few sequences are left the batch shrinks; their values must not change."""
-    folder, reference = qwen2()
-    model, _ = load(str(folder))
-    with torch.no_grad():
-        model.embed_tokens.weight[0] *= 3                   # ends now and then: some long, many short
-    episodes = Sampler(model, 32, 130, (0,)).generate(prompts_of([4, 6]), 16, 120, 1.0, seeded_generator(1, 0, "test"))
+    model.embed_tokens.weight[0] *= 3  # ends now and then: some long, many short
+    sampler = Sampler(model, slots=32, max_length=130, eos_ids=[0])
+    episodes = sampler.generate(
+        prompts_of([4, 6]),
+        samples_per_prompt=16,
+        max_new_tokens=120,
+        temperature=1.0,
+        generator=seeded_generator(1, 0, "test"),
+    )
     lengths = sorted(len(e.response) for e in episodes)
     assert lengths[8] < lengths[-1] - 3 * rollout.CHECK_EVERY
     for e in episodes:
-        tokens = torch.cat((e.prompt, e.response))[None]
-        z = torch.nn.functional.linear(model(tokens, torch.arange(tokens.shape[1])[None]), model.head)[0]
-        want = z.log_softmax(-1)[len(e.prompt) - 1:-1].gather(1, e.response[:, None])[:, 0]
-        assert (e.logp - want).abs().max() <= 1e-4
+        tokens = torch.cat((e.prompt, e.response))
+        z = logits(model, tokens[None])[0]
+        want = before_response(z, e).log_softmax(-1)
+        assert distance(e.logp, picked(want, e.response)) <= 1e-4
 
 
 def chi_square(counts, expected):
-    return float(((counts - expected) ** 2 / expected).sum())
+    squares = (counts - expected) ** 2
+    return float((squares / expected).sum())
 
 
 def test_sampled_frequencies_match_the_softmax():
-    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, 1.5, 0.2, -0.2, -2.5])
-    n, temperature = 200_000, 1.7
-    token, logp, entropy = sample(logits.expand(n, -1), temperature, 1.0, seeded_generator(0, 0, "chi"))
-    p = (logits.double() / temperature).softmax(-1)
-    assert chi_square(token.bincount(minlength=12), n * p) < 31.26         # 99.9 % quantile, 11 degrees of freedom
-    assert chi_square(token.bincount(minlength=12), n * logits.double().softmax(-1)) > 1000     # the test has power
-    assert (logp - p.log()[token]).abs().max() < 1e-5
-    assert (entropy + (p * p.log()).sum()).abs().max() < 1e-5
+    z = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, 1.5, 0.2, -0.2, -2.5])
+    n = 200_000
+    temperature = 1.7
+    token, logp, entropy = sample(
+        z.expand(n, -1),
+        temperature,
+        top_p=1.0,
+        generator=seeded_generator(0, 0, "chi"),
+    )
+    want = (z.double() / temperature).log_softmax(-1)
+    assert distance(logp, want[token]) < 1e-5
+    assert distance(entropy, entropy_of(want)) < 1e-5
+
+    counts = token.bincount(minlength=12)
+    expected = n * want.exp()
+    expected_at_temperature_1 = n * z.double().softmax(-1)
+    assert chi_square(counts, expected) < 31.26  # 99.9 % quantile, 11 degrees of freedom
+    assert chi_square(counts, expected_at_temperature_1) > 1000  # the test has power
 
 
 def test_the_samplers_own_frequencies_match_the_model(qwen2):
     folder, reference = qwen2()
-    model, _ = load(str(folder))
-    prompt = prompts_of([5])[0]
+    prompts = prompts_of([5])
     n = 20_000
-    episodes = Sampler(model, 500, 7, (0,)).generate([prompt], n, 1, 1.0, seeded_generator(0, 0, "chi"))
-    p = reference.double()(torch.tensor([prompt])).logits[0, -1].softmax(-1).detach()
-    likely = p > 0.005                                      # the rest goes into one cell
-    counts = torch.tensor([int(e.response[0]) for e in episodes]).bincount(minlength=112)
-    counts, p = (torch.cat((x[likely], x[~likely].sum()[None])) for x in (counts, p))
-    assert 10 < len(p) < 60 and chi_square(counts, n * p) < 100.0           # 99.9 % quantile at 60 degrees: 99.6
+    sampler = Sampler(load_model(folder), slots=500, max_length=7, eos_ids=[0])
+    episodes = sampler.generate(
+        prompts,
+        samples_per_prompt=n,
+        max_new_tokens=1,
+        temperature=1.0,
+        generator=seeded_generator(0, 0, "chi"),
+    )
+    token = torch.cat([e.response for e in episodes])
+    counts = token.bincount(minlength=112)
+    with torch.no_grad():
+        z = reference.double()(torch.tensor(prompts)).logits
+    p = z[0, -1].softmax(-1)
+
+    likely = p > 0.005
+
+    def rest_in_one_cell(x):
+        rest = x[~likely].sum()
+        return torch.cat((x[likely], rest[None]))
+
+    counts = rest_in_one_cell(counts)
+    expected = rest_in_one_cell(n * p)
+    assert 10 < len(expected) < 60
+    assert chi_square(counts, expected) < 100.0  # 99.9 % quantile at 60 degrees: 99.6
 
 
-def test_top_p_equals_enumeration():
-    """The nucleus by a slow loop: likeliest first, until the mass reaches top_p."""
-    g = torch.Generator().manual_seed(0)
-    for trial in range(50):
+def slow_nucleus(p, top_p):
+    """Likeliest first, until the mass reaches top_p."""
+    kept = set()
+    mass = 0.0
+    for token in p.argsort(descending=True).tolist():
+        if mass >= top_p:
+            break
+        kept.add(token)
+        mass += float(p[token])
+    return sorted(kept)
+
+
+def test_top_p_equals_a_slow_loop():
+    g = dice(0)
+    for _ in range(50):
         z = torch.randn(8, generator=g) * 2
-        top_p = float(torch.rand(1, generator=g)) * 0.98 + 0.01
-        p = z.softmax(-1)
-        keep, mass = set(), 0.0
-        for i in sorted(range(8), key=lambda i: -p[i]):
-            if mass >= top_p:
-                break
-            keep.add(i)
-            mass += float(p[i])
-        kept = truncate(z[None], top_p)[0]
-        assert {i for i in range(8) if kept[i] > -torch.inf} == keep
-        assert torch.equal(kept[sorted(keep)], z[sorted(keep)])
+        uniform = float(torch.rand(1, generator=g))
+        top_p = 0.01 + 0.98 * uniform
+        want = slow_nucleus(z.softmax(-1), top_p)
+        got = truncate(z[None], top_p)[0]
+        kept = got > -torch.inf
+        assert kept.nonzero()[:, 0].tolist() == want
+        assert torch.equal(got[kept], z[kept])
 
 
 def test_top_p_samples_and_scores_the_truncated_distribution():
     p = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
+    kept = p[:3] / 0.85
     n = 100_000
-    token, logp, entropy = sample(p.log().expand(n, -1), 1.0, 0.8, seeded_generator(0, 0, "chi"))
-    kept = torch.tensor([0.4, 0.3, 0.15]) / 0.85
-    assert token.max() == 2 and chi_square(token.bincount(minlength=3), n * kept) < 13.8   # 99.9 %, 2 degrees
-    assert (logp - kept.log()[token]).abs().max() < 1e-5
-    assert (entropy + (kept * kept.log()).sum()).abs().max() < 1e-5
+    token, logp, entropy = sample(
+        p.log().expand(n, -1),
+        temperature=1.0,
+        top_p=0.8,
+        generator=seeded_generator(0, 0, "chi"),
+    )
+    assert token.max() == 2
+    counts = token.bincount(minlength=3)
+    assert chi_square(counts, n * kept) < 13.8  # 99.9 % quantile, 2 degrees of freedom
+    want = kept.log()
+    assert distance(logp, want[token]) < 1e-5
+    assert distance(entropy, entropy_of(want)) < 1e-5
 
 
-def test_a_certain_token_has_no_entropy_and_no_nan():
-    token, logp, entropy = sample(torch.tensor([[0.0, 200.0, -200.0], [0.0, 0.0, -1e4]]), 1.0, 1.0, seeded_generator(0, 0, "x"))
-    assert token[0] == 1 and logp[0] == 0 and entropy[0] == 0
-    assert entropy[1].item() == pytest.approx(0.693147, abs=1e-5)
+def test_a_certain_token_has_no_entropy_and_no_nan(random):
+    z = torch.tensor([[0.0, 200.0, -200.0]])
+    token, logp, entropy = sample(z, 1.0, 1.0, random)
+    assert token == 1
+    assert logp == 0
+    assert entropy == 0
 
 
-def test_same_generator_same_episodes_and_streams_are_independent(qwen2):
-    model, _ = load(str(qwen2()[0]))
-    draw = lambda *key: [e.response.tolist() for e in Sampler(model, 5, 40, (0,)).generate(
-        prompts_of([3, 6]), 4, 30, 1.0, seeded_generator(*key))]
-    assert draw(0, 1, "rollout") == draw(0, 1, "rollout")
-    assert len({str(draw(*key)) for key in ((0, 1, "rollout"), (1, 1, "rollout"), (0, 2, "rollout"), (0, 1, "evaluate"))}) == 4
+def test_two_equal_tokens_and_an_impossible_one_have_the_entropy_of_two(random):
+    z = torch.tensor([[0.0, 0.0, -1e4]])
+    _, _, entropy = sample(z, 1.0, 1.0, random)
+    assert entropy.item() == pytest.approx(0.693147, abs=1e-5)
 
 
-def test_bf16_decode_follows_the_master_weights_after_sync(qwen2):
-    model, _ = load("base")
-    sampler = Sampler(model, 16, 40, model.eos_ids, torch.bfloat16)
-    assert sampler.decoder.head.dtype == torch.bfloat16 and model.head.dtype == torch.float32
+def test_same_generator_same_episodes_and_streams_are_independent(model):
+    def draw(seed, step, stream):
+        sampler = Sampler(model, slots=5, max_length=40, eos_ids=[0])
+        episodes = sampler.generate(
+            prompts_of([3, 6]),
+            samples_per_prompt=4,
+            max_new_tokens=30,
+            temperature=1.0,
+            generator=seeded_generator(seed, step, stream),
+        )
+        return str(responses(episodes))
+
+    first = draw(0, 1, "rollout")
+    assert draw(0, 1, "rollout") == first
+    other_seed = draw(1, 1, "rollout")
+    other_step = draw(0, 2, "rollout")
+    other_stream = draw(0, 1, "evaluate")
+    assert len({first, other_seed, other_step, other_stream}) == 4
+
+
+def test_bf16_decode_follows_the_master_weights_after_sync(random):
+    model, tokenizer = load("base")
+    sampler = Sampler(model, 16, 40, model.eos_ids, dtype=torch.bfloat16)
+    assert sampler.decoder.head.dtype == torch.bfloat16
+    assert model.head.dtype == torch.float32
+
+    decoding = sampler.decoder.norm.weight
+    master = model.norm.weight
     with torch.no_grad():
-        model.norm.weight *= 1.5
-    assert not torch.equal(sampler.decoder.norm.weight, model.norm.weight.bfloat16())
+        master *= 1.5
+    assert not torch.equal(decoding, master.bfloat16())
     sampler.sync()
-    assert torch.equal(sampler.decoder.norm.weight, model.norm.weight.bfloat16())
-    episodes = sampler.generate([[3, 4, 5, 6, 110, 40, 111]], 8, 30, 1.0, seeded_generator(0, 0, "x"))
-    assert all(e.logp.dtype == torch.float32 for e in episodes)
+    assert torch.equal(decoding, master.bfloat16())
+
+    episodes = sampler.generate(
+        [tokenizer.encode("1 2 3 4 -> 38 ?")],
+        samples_per_prompt=8,
+        max_new_tokens=30,
+        temperature=1.0,
+        generator=random,
+    )
+    for e in episodes:
+        assert e.logp.dtype == torch.float32
 
 
-def test_a_sampler_used_again_for_more_equals_a_fresh_one(qwen2):
-    model, _ = load(str(qwen2()[0]))
-    prompts = prompts_of([3, 6])
-    draw = lambda sampler, n: [e.response.tolist() for e in sampler.generate(prompts, n, 30, 1.0, seeded_generator(0, 0, "x"))]
-    used = Sampler(model, 64, 40, (0,))
-    draw(used, 1)                                           # a cache of 2 rows ...
-    assert draw(used, 20) == draw(Sampler(model, 64, 40, (0,)), 20)         # ... and then 40 are needed
+def test_a_sampler_used_again_for_more_equals_a_fresh_one(model):
+    def fresh():
+        return Sampler(model, slots=64, max_length=40, eos_ids=[0])
+
+    def draw(sampler, samples):
+        episodes = sampler.generate(
+            prompts_of([3, 6]),
+            samples_per_prompt=samples,
+            max_new_tokens=30,
+            temperature=1.0,
+            generator=seeded_generator(0, 0, "x"),
+        )
+        return responses(episodes)
+
+    used = fresh()
+    draw(used, 1)  # a cache of 2 rows ...
+    assert draw(used, 20) == draw(fresh(), 20)  # ... and then 40 are needed
     used.free()
-    assert used.cache is None and draw(used, 1) == draw(Sampler(model, 64, 40, (0,)), 1)
+    assert used.buffer is None
+    assert draw(used, 1) == draw(fresh(), 1)
 
 
-def test_prefills_stay_within_their_budget_and_the_tail_shrinks(qwen2, monkeypatch):
-    model, _ = load(str(qwen2()[0]))
-    sampler = Sampler(model, 32, 130, (0,))
+def test_prefills_stay_within_their_budget(model, monkeypatch):
     monkeypatch.setattr(rollout, "PREFILL_TOKENS", 60)
-    prompts, ends = prompts_of([21, 21, 31, 5, 5, 5, 70, 2]), [0]
-    while ends[-1] < len(prompts):
-        ends.append(sampler.prefill(prompts, ends[-1])[1])
-    assert ends == [0, 3 - 1, 4, 6, 7, 8]                   # 2 x 20, then 2 x 30, 2 x 4 (3 x 69 is too much), 69 alone, 1
+    sampler = Sampler(model, slots=32, max_length=130, eos_ids=[0])
+    # All but a prompt's last token is prefilled.
+    prompts = prompts_of([21, 21, 31, 5, 5, 5, 70, 2])
+    ends = []
+    first = 0
+    while first < len(prompts):
+        _, first = sampler.prefill(prompts, first)
+        ends.append(first)
+    # 2 x 20, then 2 x 30, 2 x 4 (3 x 69 is too much), 69 alone, 1
+    assert ends == [2, 4, 6, 7, 8]
+
+
+def test_the_tail_shrinks(model):
     rows = []
-    model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+
+    def count_rows(_, inputs):
+        tokens, *_ = inputs
+        rows.append(len(tokens))
+
+    model.register_forward_pre_hook(count_rows)
     with torch.no_grad():
         model.embed_tokens.weight[0] *= 3
-    sampler.generate(prompts[3:5], 16, 100, 1.0, seeded_generator(1, 0, "test"))
-    assert max(rows) == 32 and rows[-1] <= 16
+    sampler = Sampler(model, slots=32, max_length=130, eos_ids=[0])
+    sampler.generate(
+        prompts_of([5, 5]),
+        samples_per_prompt=16,
+        max_new_tokens=100,
+        temperature=1.0,
+        generator=seeded_generator(1, 0, "test"),
+    )
+    assert max(rows) == 32
+    assert rows[-1] <= 16
 
 
 def test_only_the_final_end_token_is_left_out_of_the_text():
-    """An unknown or a second end token inside an answer must not be dropped: that would repair the answer."""
+    """An unknown or a second end token inside an answer must not be dropped: that would repair the
+    answer."""
     tokenizer = countdown_tokenizer()
-    episode = lambda text, finished: Episode(torch.zeros(1), torch.tensor(tokenizer.encode(text)), None, None, finished, 0)
-    found = texts(tokenizer, [episode("1 + 8 = 9 so <eos>", True), episode("1 <unk> + 8", False), episode("1 <unk> so <eos>", True)])
-    assert found == ["1 + 8 = 9 so", "1 <unk> + 8", "1 <unk> so"]
+
+    def episode(answer, finished):
+        return Episode(
+            prompt=torch.zeros(1),
+            response=torch.tensor(tokenizer.encode(answer)),
+            logp=None,
+            entropy=None,
+            finished=finished,
+            prompt_index=0,
+        )
+
+    episodes = [
+        episode("1 + 8 = 9 so <eos>", finished=True),
+        episode("1 <unk> + 8", finished=False),
+        episode("1 <unk> so <eos>", finished=True),
+    ]
+    assert texts(tokenizer, episodes) == [
+        "1 + 8 = 9 so",
+        "1 <unk> + 8",
+        "1 <unk> so",
+    ]
 
 
-def test_bad_requests_are_refused(qwen2):
-    model, _ = load(str(qwen2()[0]))
-    sampler, g = Sampler(model, 4, 20, (0,)), seeded_generator(0, 0, "x")
-    for prompts, new, temperature, top_p in (([[1] * 11], 10, 1.0, 1.0), ([[]], 10, 1.0, 1.0), ([[1]], 10, 0.0, 1.0),
-                                             ([[1]], 10, 1.0, 0.0), ([[1]], 10, 1.0, 1.1), ([[1]], 0, 1.0, 1.0),
-                                             ([[1]], 10, float("nan"), 1.0), ([[1]], 10, float("inf"), 1.0)):
-        with pytest.raises(ValueError):
-            sampler.generate(prompts, 1, new, temperature, g, top_p)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompts": [[1] * 11]},
+        {"prompts": [[]]},
+        {"temperature": 0.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"max_new_tokens": 0},
+    ],
+)
+def test_bad_requests_are_refused(model, random, changes):
+    good = {
+        "prompts": [[1]],
+        "samples_per_prompt": 1,
+        "max_new_tokens": 10,
+        "temperature": 1.0,
+        "generator": random,
+        "top_p": 1.0,
+    }
+    sampler = Sampler(model, slots=4, max_length=20, eos_ids=[0])
     with pytest.raises(ValueError):
-        Sampler(model, 4, 20, ())
-    assert sampler.generate([], 3, 10, 1.0, g) == []
+        sampler.generate(**(good | changes))
+
+
+def test_a_sampler_without_end_tokens_is_refused(model):
+    with pytest.raises(ValueError):
+        Sampler(model, slots=4, max_length=20, eos_ids=[])
+
+
+def test_no_prompts_no_episodes(model, random):
+    sampler = Sampler(model, slots=4, max_length=20, eos_ids=[0])
+    episodes = sampler.generate(
+        [],
+        samples_per_prompt=3,
+        max_new_tokens=10,
+        temperature=1.0,
+        generator=random,
+    )
+    assert episodes == []

@@ -1,0 +1,208 @@
+"""Hugging Face model folders: found, checked, read and written.
+
+A folder holds config.json, safetensors files, a tokenizer and perhaps generation_config.json.
+Tensor names are those of transformers without the leading "model.", so nothing is translated.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from plumbing.checkpoint import atomic_write, read_json
+
+EMBEDDED = "base"  # the model that ships with the code
+SUPPORTED = ("qwen2", "qwen3", "llama")
+NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+)
+
+
+def check_supported(config: dict) -> None:
+    """ValueError for a config.json that asks for what model.py does not implement."""
+    kind = config.get("model_type")
+    if kind not in SUPPORTED:
+        raise ValueError(f"model type {kind!r} is not supported; supported: {', '.join(SUPPORTED)}")
+    missing = [name for name in NEEDED if name not in config]
+    if missing:
+        raise ValueError(f"the model's config.json lacks {', '.join(missing)}")
+
+    def refuse(feature: str) -> None:
+        raise ValueError(
+            f"this {kind} checkpoint uses {feature}, which model.py does not implement"
+        )
+
+    unusual_layers = set(config.get("layer_types") or ()) - {"full_attention"}
+    if config.get("use_sliding_window") or unusual_layers:
+        refuse("sliding-window attention")
+    if kind != "qwen2" and (config.get("attention_bias") or config.get("mlp_bias")):
+        refuse("biases")
+    rope_type = rope_parameters(config)["rope_type"]
+    if rope_type not in ("default", "llama3"):
+        refuse(f"RoPE scaling {rope_type!r}")
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        refuse(f"activation {activation!r}")
+
+
+def head_size(config: dict) -> int:
+    """Numbers in an attention head. Qwen3's default is 128, whatever the width."""
+    if config.get("head_dim"):
+        return config["head_dim"]
+    if config["model_type"] == "qwen3":
+        return 128
+    return config["hidden_size"] // config["num_attention_heads"]
+
+
+def rope_parameters(config: dict) -> dict:
+    """transformers 5 has it all in rope_parameters, earlier versions in rope_scaling and
+    rope_theta."""
+    # Before it was called rope_type, the key was called type.
+    stated = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    usual = {
+        "rope_theta": config.get("rope_theta", 10000.0),
+        "rope_type": stated.get("type", "default"),
+    }
+    return usual | stated
+
+
+def find_folder(path_or_hub_id: str) -> Path:
+    """The folder that holds the model: of a run, its model/; a hub id is downloaded. The embedded
+    model is found from any working directory. FileNotFoundError if there is none."""
+    folder = Path(path_or_hub_id)
+    if path_or_hub_id == EMBEDDED and not folder.exists():
+        folder = Path(__file__).parents[1] / EMBEDDED
+    for candidate in (folder / "model", folder):  # a run's own config.json holds its settings
+        if (candidate / "config.json").exists():
+            return candidate
+    if folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
+
+    meant_as_path = path_or_hub_id.startswith(("/", ".", "~")) or folder.parent.exists()
+    if meant_as_path or path_or_hub_id.count("/") != 1:
+        raise FileNotFoundError(f"there is no model folder {path_or_hub_id}")
+    return download(path_or_hub_id)
+
+
+def download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+    except Exception as error:  # offline, unknown, gated: each its own type
+        raise FileNotFoundError(
+            f"there is no folder {hub_id}, and the Hugging Face hub did not give a model of that "
+            f"name ({type(error).__name__})"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model without its weights."""
+
+    folder: Path
+    config: dict  # config.json
+    tokenizer: object
+
+
+def open_pretrained(path_or_hub_id: str) -> Pretrained:
+    """FileNotFoundError or ValueError say in one sentence what is wrong."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = find_folder(path_or_hub_id)
+    config = read_json(folder / "config.json")
+    if "model_type" not in config:
+        raise ValueError(
+            f"{folder}/config.json names no model type; a run's folder holds a model once a step "
+            "saved one"
+        )
+    check_supported(config)
+    if not (folder / "tokenizer.json").exists():
+        raise FileNotFoundError(f"{folder} has no tokenizer.json")
+    # Not AutoTokenizer: for qwen2 it installs byte-level rules whatever tokenizer.json says.
+    return Pretrained(folder, config, PreTrainedTokenizerFast.from_pretrained(folder))
+
+
+def read_weights(folder: Path, places: dict[str, Tensor]) -> None:
+    """Copies every weight of the folder's safetensors files to its place, by name; no second copy of
+    the model is made. ValueError if a file or a tensor is not as config.json promises."""
+    waiting = dict(places)
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safetensors.safe_open(file, "pt") as saved:
+                for name in saved.keys():
+                    copy_weight(file, name, saved.get_tensor(name), waiting)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{file} is not a readable safetensors file ({error})") from None
+    if waiting:
+        raise ValueError(
+            f"{folder} lacks {len(waiting)} tensors, {min(waiting)} among them; "
+            "only safetensors are read"
+        )
+
+
+def copy_weight(file: Path, name: str, new: Tensor, waiting: dict[str, Tensor]) -> None:
+    place = waiting.pop(name.removeprefix("model."), None)
+    # Some tied checkpoints store the head too, old ones RoPE's frequencies.
+    superfluous = name.endswith(("lm_head.weight", "rotary_emb.inv_freq"))
+    if place is None and superfluous:
+        return
+    if place is None:
+        raise ValueError(f"{file} has a tensor {name} that config.json does not call for")
+    if place.shape != new.shape:
+        raise ValueError(
+            f"{name} in {file} is {tuple(new.shape)}, config.json wants {tuple(place.shape)}"
+        )
+    place.copy_(new)
+
+
+def end_tokens(pretrained: Pretrained) -> tuple[int, ...]:
+    """Ids that end a response: generation_config.json knows best, then config.json, then the
+    tokenizer."""
+    stated = None
+    generation = pretrained.folder / "generation_config.json"
+    if generation.exists():
+        stated = read_json(generation).get("eos_token_id")
+    if stated is None:
+        stated = pretrained.config.get("eos_token_id")
+    if stated is None:
+        stated = pretrained.tokenizer.eos_token_id
+    if stated is None:
+        raise ValueError(f"{pretrained.folder} names no end-of-sequence token")
+    return tuple(stated) if isinstance(stated, list) else (stated,)
+
+
+def save(model, tokenizer, directory: str | Path) -> None:
+    """Writes a model.Transformer as what transformers' from_pretrained loads, wholly or not at all.
+    OSError if it cannot."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        full_name = name if name.startswith("lm_head") else "model." + name
+        weights[full_name] = tensor.detach().cpu().contiguous()
+
+    # transformers used to call it torch_dtype.
+    config = {key: value for key, value in model.config.items() if key != "torch_dtype"}
+    config["dtype"] = str(model.head.dtype).removeprefix("torch.")
+    eos = list(model.eos_ids)
+    generation = {"eos_token_id": eos[0] if len(eos) == 1 else eos}
+
+    with atomic_write(Path(directory)) as fresh:
+        fresh.mkdir()
+        safetensors.torch.save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
+        write_json(fresh / "config.json", config)
+        write_json(fresh / "generation_config.json", generation)
+        tokenizer.save_pretrained(fresh)
+
+
+def write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,152 @@
+"""plumbing/run.py: what a run's folder must never lack, never lose and never replace; how a run
+that gets a signal says where it stands."""
+
+import dataclasses
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from plumbing.run import open_run, settings_of_run
+from plumbing.settings import Settings
+from training_runs import (
+    SMALL,
+    finish,
+    run_command,
+    small_run,
+    start,
+    wait_for_lines,
+    wait_for_words,
+)
+
+
+def raise_keyboard_interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_run_folder_never_lacks_its_settings(tmp_path, monkeypatch):
+    s = Settings(out=str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", raise_keyboard_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            open_run(s, "run")
+    assert not (tmp_path / "run").exists()
+
+    folder = open_run(s, "run")
+    assert json.loads((folder / "config.json").read_text()) == dataclasses.asdict(s)
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+    with pytest.raises(FileExistsError, match="--resume"):
+        open_run(s, "run")
+
+
+def test_an_existing_run_is_not_overwritten(monkeypatch, tmp_path):
+    log = tmp_path / "grpo" / "log.jsonl"
+    log.parent.mkdir()
+    log.write_text("precious")
+    message = run_command(monkeypatch, "train.py", "--out", str(tmp_path), "--name", "grpo")
+    assert "exists" in message
+    assert "--overwrite" in message
+    assert log.read_text() == "precious"
+
+
+def overwrite(monkeypatch, out, name: str, *flags: str) -> str:
+    """-> the message that the command exits with."""
+    return run_command(
+        monkeypatch, "train.py", "--out", str(out), "--name", name, "--overwrite", *flags
+    )
+
+
+def test_overwrite_replaces_nothing_but_runs(monkeypatch, tmp_path):
+    chapter = tmp_path / "thesis" / "chapter.tex"
+    chapter.parent.mkdir()
+    chapter.write_text("precious")
+    refusals = {
+        "thesis": "is no run folder",
+        ".": "not a path",
+        "..": "not a path",
+        "a/b": "not a path",
+        str(tmp_path / "thesis"): "not a path",
+    }
+    for name, sentence in refusals.items():
+        assert sentence in overwrite(monkeypatch, tmp_path, name)
+        assert chapter.read_text() == "precious"
+
+
+def test_overwrite_replaces_a_run_but_not_the_one_that_the_model_comes_from(monkeypatch, tmp_path):
+    folder, _ = small_run(tmp_path, "a", steps=1)
+    for model in (folder, folder / "model"):
+        message = overwrite(monkeypatch, tmp_path, "a", "--model", str(model))
+        assert "would delete" in message
+        assert (folder / "model" / "config.json").exists()
+    folder, log = small_run(tmp_path, "a", overwrite=True)
+    assert len(log) == SMALL["steps"] == 2  # of the new run alone
+
+
+def test_a_run_folder_that_cannot_be_made(monkeypatch, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    message = run_command(monkeypatch, "train.py", "--out", str(file))
+    assert message.startswith("train.py: ")
+    assert "\n" not in message
+
+
+def test_a_folder_without_settings_cannot_be_resumed(tmp_path):
+    for missing in (str(tmp_path / "nowhere"), ""):
+        with pytest.raises(FileNotFoundError, match="there is no run .*: it has no config.json"):
+            settings_of_run(missing, ["--resume", missing])
+
+
+# Values that are their flags' defaults are refused too.
+@pytest.mark.parametrize("flags", [["--lr", "1"], ["--algo=grpo"], ["--overwrite"]])
+def test_no_other_flag_goes_with_resume(tmp_path, flags):
+    folder = str(open_run(Settings(out=str(tmp_path)), "run"))
+    with pytest.raises(ValueError, match="no other flag goes with it"):
+        settings_of_run(folder, ["--resume", folder, *flags])
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"beta": 1}, "another version of train.py: the two differ in beta"),
+        ({"steps": "6"}, "steps cannot be '6'"),
+        ({"prompts": 2.0}, "prompts cannot be 2.0"),
+        ({"algo": "dapo"}, "algo cannot be 'dapo'"),
+        ({"lr": None}, "lr cannot be None"),
+    ],
+)
+def test_settings_that_this_version_does_not_know_cannot_be_resumed(tmp_path, change, sentence):
+    folder = open_run(Settings(out=str(tmp_path)), "run")
+    change_settings(folder, change)
+    with pytest.raises(ValueError, match=sentence):
+        settings_of_run(str(folder))
+
+
+def test_a_whole_number_is_a_number(tmp_path):
+    folder = open_run(Settings(out=str(tmp_path)), "run")
+    change_settings(folder, {"lr": 1})
+    assert settings_of_run(str(folder)).lr == 1
+
+
+def change_settings(folder, change: dict) -> None:
+    file = folder / "config.json"
+    saved = json.loads(file.read_text())
+    file.write_text(json.dumps(saved | change))
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    flags = "--name run --eval-problems 1 --final-samples 1 --steps 1".split()
+    process = start("--out", str(tmp_path), *flags)
+    wait_for_lines(process, tmp_path / "run/validation.jsonl")
+    time.sleep(0.2)  # now it is in the first step, of 512 sequences
+    process.send_signal(signal.SIGINT)
+    # Two signals within one long operation of torch would be one to Python.
+    wait_for_words(process, "once more stops at once")
+    process.send_signal(signal.SIGINT)
+    code, error = finish(process)
+    assert code == 1
+    assert error == (
+        f"train.py: stopped; go on from step 0 with: python train.py --resume {tmp_path}/run"
+    )
+    assert not (tmp_path / "run/log.jsonl").exists()
