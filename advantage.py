@@ -5,7 +5,7 @@ it is. Where the paper is silent, this follows verl, which its experiments ran i
 standard deviation, + 1e-6, whitened advantages in PPO. verl's dual clip (a second bound for A < 0
 and large ratios) is left out on purpose: neither the paper nor PPO has it.
 
-    A advantage   H entropy in nats   N answers   B rows, T tokens of a padded batch
+    A advantage   H entropy in nats   N answers   B rows, T columns: one per token
 """
 
 import torch
@@ -17,7 +17,8 @@ def group_advantage(reward: Tensor, group: Tensor) -> Tensor:
     `group`: any integers.
 
     A group of equal rewards teaches nothing and gets exactly 0. That is tested by max == min: the
-    mean is rounded, so r - mean and std may both be 1e-8 instead of 0, and their quotient large."""
+    mean is rounded, which leaves r - mean a little off 0, and the division by an equally small std
+    makes up to 1 of it (not for rewards of +-1, whose mean is exact)."""
     # index [N]: the group of each reward, from 0 on; size [groups].
     _, index, size = group.unique(return_inverse=True, return_counts=True)
     zeros = torch.zeros(len(size), dtype=reward.dtype, device=reward.device)
@@ -61,8 +62,7 @@ def gae(
 
 def whiten(x: Tensor, mask: Tensor, population: Tensor | None = None) -> Tensor:
     """Zero mean and unit variance (unbiased) where the mask is True; 0 elsewhere. `population`: the
-    values that mean and std are taken of, by default x[mask]; with several processes, all of theirs.
-    """
+    values that mean and std are taken of, by default x[mask]; of several processes, all values."""
     if population is None:
         population = x[mask]
     std = population.std() if len(population) > 1 else population.new_zeros(())
@@ -107,8 +107,8 @@ def policy_loss(
     the caller skips because their A is 0, so that the cut into micro-batches changes nothing.
 
     All [B, T]; mask True on response tokens. The statistics are sums over tokens: tokens;
-    clipped_low (A < 0, ratio below 1 - clip_low) and clipped_high (A > 0, ratio above
-    1 + clip_high), where the gradient is cut; kl, an estimate of KL(old, new), ratio - 1 - log ratio.
+    clipped_low (A < 0, ratio below 1 - clip_low) and clipped_high (A > 0, ratio above 1 +
+    clip_high), where the gradient is cut; kl, which estimates KL(old, new): ratio - 1 - log ratio.
     """
     log_ratio = torch.where(mask, logp - old_logp, 0.0)  # 0 outside, where ratio is 1 and kl 0
     ratio = log_ratio.exp()

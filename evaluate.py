@@ -25,6 +25,7 @@ from typing import Callable, Sequence
 import numpy as np
 
 from model import load
+from plumbing.memory import out_of_memory
 from plumbing.pretrained import find_folder
 from plumbing.seeds import seeded_generator
 from plumbing.settings import (
@@ -107,9 +108,10 @@ def count_solved(
             top_p=top_p,
             progress=label,
         )
-        for episode, response in zip(episodes, texts(tokenizer, episodes)):
-            problem = part[episode.prompt_index]
-            reward = task.reward(problem, response, episode.finished)
+        asked = [part[episode.prompt_index] for episode in episodes]
+        responses = texts(tokenizer, episodes)
+        rewards = task.rewards(asked, responses, [episode.finished for episode in episodes])
+        for problem, response, episode, reward in zip(asked, responses, episodes, rewards):
             if reward > 0:
                 solved[first + episode.prompt_index] += 1
             tokens += len(episode.response)
@@ -225,6 +227,9 @@ def main() -> None:
         sys.exit(f"evaluate.py: {error}")
     except KeyboardInterrupt:
         sys.exit("evaluate.py: stopped; nothing was written")
+    except (MemoryError, RuntimeError) as error:
+        may_help = "what may help: fewer --slots, less --max-new-tokens, a smaller model"
+        sys.exit(f"evaluate.py: {out_of_memory(error, may_help)}")
 
 
 if __name__ == "__main__":

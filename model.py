@@ -69,7 +69,8 @@ class Attention(nn.Module):
         self.head_dim = head_size(config)
         self.heads = config["num_attention_heads"]
         self.kv_heads = config["num_key_value_heads"]
-        # In attention the families differ in this alone: biases in Qwen2, norms of queries and keys in Qwen3.
+        # In attention the families differ in this alone: biases in Qwen2, norms of queries and keys
+        # in Qwen3.
         has_bias = config["model_type"] == "qwen2"
         has_norm = config["model_type"] == "qwen3"
         self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=has_bias)
@@ -108,7 +109,8 @@ class Attention(nn.Module):
         return x.view(batch, time, -1, self.head_dim).transpose(1, 2)
 
     def queries_and_keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated, both in one go: half as many small kernels, which is what a decode step costs."""
+        """Rotated, both in one go: half as many kernels, whose launches are most of a decode
+        step."""
         both = self.split_heads(torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1))
         if self.q_norm is not None:
             q, k = both.split((self.heads, self.kv_heads), dim=1)
@@ -177,7 +179,9 @@ class Transformer(nn.Module):
         self.config = config
         self.eos_ids: tuple[int, ...] = ()
         self.recompute = False  # True: keep only each layer's input for the backward pass
-        # nn.Embedding would draw normal numbers, which on the meta device costs a second of imports.
+        # Random, for a model that is not loaded (lab/pretrain.py). Drawn here, because
+        # nn.Embedding's own normal numbers cost a second of imports on the meta device, where
+        # load_weights builds.
         table = torch.empty(config["vocab_size"], config["hidden_size"]).uniform_(-1, 1)
         self.embed_tokens = nn.Embedding(*table.shape, _weight=table)
         self.layers = nn.ModuleList(Block(config) for _ in range(config["num_hidden_layers"]))
@@ -271,14 +275,15 @@ def logp_entropy(
     hidden [N, width], head [V, width], target [N] -> [N], [N]."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
-        # Cast here, once a chunk. Autocast would cast the head once for all chunks, and add up their
-        # gradients in that bfloat16 copy.
+        # Cast here, once a chunk. Autocast would cast the head once for all chunks, and add up
+        # their gradients in that bfloat16 copy.
         dtype = torch.get_autocast_dtype(device)
         hidden = hidden.to(dtype)
         head = head.to(dtype)
     z = F.linear(hidden, head).float() / temperature  # [N, V]
     lse = z.logsumexp(dim=-1)  # [N]
-    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):  # never inside no_grad
+    # True alone would switch gradients on even under a caller's no_grad.
+    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
         entropy = lse - ((z - lse[:, None]).exp() * z).sum(dim=-1)
     logp = z.gather(1, target[:, None])[:, 0] - lse
     return logp, entropy

@@ -3,9 +3,9 @@
 A *sequence* is one answer being written; when it ends it becomes an *Episode*. A *slot* is a row of
 the batch and of the cache, and writes one sequence at a time. Slots are at different positions, so
 nothing is padded on the left. A prompt runs through the model once; its keys and values are copied
-to all its sequences. When a sequence has ended, its slot takes the next one. To see which have ended,
-Python would have to wait for a GPU; so it looks only every CHECK_EVERY tokens, and until then an
-ended slot writes into a spare column.
+to all its sequences. When a sequence has ended, its slot takes the next one. To see which have
+ended, Python would have to wait for a GPU; so it looks only every CHECK_EVERY tokens. What an ended
+slot draws until then goes into a spare last column of the table of tokens, which nobody reads.
 
 Each token is recorded with its log-probability and entropy under the distribution it was sampled
 from, in fp32 (at its temperature, truncated if top_p < 1). Training uses top_p = 1, and takes these
@@ -46,9 +46,8 @@ class Episode:
     prompt: Tensor  # int64 [P]
     response: Tensor  # int64 [R], a sampled end token included
     logp: Tensor  # fp32 [R], of each response token under the sampled distribution
-    entropy: (
-        Tensor  # fp32 [R], of that distribution, in nats; logged (psi has the current policy's)
-    )
+    # For the log alone: the entropy advantage takes the current policy's, from model.score.
+    entropy: Tensor  # fp32 [R], of that distribution, in nats
     finished: bool  # ended with an end token (False: cut at max_new_tokens)
     prompt_index: int  # which of the prompts given to generate
 
@@ -58,8 +57,9 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draws a token a row from softmax(logits / temperature) truncated to top_p.
 
-    logits [S, V] -> token, logp, entropy [S], in fp32. By the inverse of the cumulative distribution,
-    in fp64: one uniform number a row, where torch.multinomial draws one for every word."""
+    logits [S, V] -> token, logp, entropy [S], in fp32. By the inverse of the cumulative
+    distribution, in fp64: one uniform number a row, where torch.multinomial draws one for every
+    word."""
     z = logits.float() / temperature  # [S, V]
     if top_p < 1.0:
         z = truncate(z, top_p)
@@ -67,7 +67,8 @@ def sample(
     p = (z - lse).exp()
 
     # The token is the first whose cumulative probability exceeds u, so never one of probability 0.
-    # How many do not exceed it is that token's index. The last is 1 up to rounding: u is scaled to it.
+    # Its index is the number of cumulative probabilities that do not exceed u. The last of them
+    # should be 1 but is rounded, so u is multiplied by it.
     cdf = p.double().cumsum(dim=-1)
     u = torch.rand(len(p), 1, dtype=torch.float64, generator=generator, device=p.device)
     not_above = cdf <= u * cdf[:, -1:]
@@ -120,7 +121,8 @@ class Sampler:
         self.dtype = dtype or model.head.dtype
         same_weights = self.dtype == model.head.dtype
         self.decoder = model if same_weights else copy.deepcopy(model).to(self.dtype)
-        self.buffer: Tensor | None = None  # whose start each cache is laid over
+        # One piece of memory; the cache in use is a view of its start (view_of_buffer).
+        self.buffer: Tensor | None = None
 
     @torch.no_grad()
     def sync(self) -> None:
@@ -158,7 +160,7 @@ class Sampler:
         self.check(prompts, max_new_tokens, temperature, top_p)
         slots = Slots(self, prompts, samples_per_prompt, max_new_tokens)
         bar = tqdm(
-            total=len(slots.queue),
+            total=len(slots.prompt_of),
             desc=progress,
             unit="seq",
             leave=False,
@@ -198,37 +200,38 @@ class Sampler:
             )
 
     def view_of_buffer(self, rows: int, length: int) -> Tensor:
-        """A cache of `rows` and at least `length`, laid over the start of the buffer, so that it shares
-        memory with every other one. Without gaps: matrix products over a slice of a longer cache
-        take twice as long (measured on a CPU)."""
+        """A cache of `rows` and at least `length`, laid over the start of the buffer, in the same
+        memory as the cache before it: that one's contents have to be moved (lengthened, with_rows).
+        Without gaps: matrix products over a slice of a longer cache take twice as long (measured on
+        a CPU)."""
         layers, kinds, _, kv_heads, _, head_dim = self.buffer.shape
         shape = (layers, kinds, rows, kv_heads, round_up(length), head_dim)
         return self.buffer.view(-1)[: math.prod(shape)].view(shape)
 
     def lengthened(self, cache: Tensor, length: int) -> Tensor:
-        """The cache laid out anew with room for `length`. Each layer moves to a higher address, over
-        the old places of later layers: so the last moves first. The old and new places of a layer
-        overlap: hence the clone. What lies beyond a row's own position is stale; it is masked, and
-        finite, so that 0 times it is 0."""
+        """The cache laid out anew with room for `length`. Each block (a layer's keys, or its
+        values) moves to a higher address, over the old places of later blocks: so the last moves
+        first. Its own old and new places overlap: hence the clone. What lies beyond a row's own
+        position is stale; it is masked, and finite, so that 0 times it is 0."""
         longer = self.view_of_buffer(cache.shape[2], length)
         old_length = cache.shape[4]
-        for layer in reversed(range(len(cache))):
-            for kind in (1, 0):
-                longer[layer, kind, :, :, :old_length] = cache[layer, kind].clone()
+        blocks = list(zip(longer.flatten(0, 1), cache.flatten(0, 1)))
+        for new, old in reversed(blocks):
+            new[:, :, :old_length] = old.clone()
         return longer
 
     def with_rows(self, cache: Tensor, keep: Tensor) -> Tensor:
-        """The cache laid out anew with only the rows `keep`. Each layer moves to a lower address or
+        """The cache laid out anew with only the rows `keep`. Each block moves to a lower address or
         stays: so the first moves first."""
         smaller = self.view_of_buffer(len(keep), cache.shape[4])
-        for new_rows, old_rows in zip(smaller.flatten(0, 1), cache.flatten(0, 1)):
-            new_rows.copy_(old_rows[keep])
+        for new, old in zip(smaller.flatten(0, 1), cache.flatten(0, 1)):
+            new.copy_(old[keep])
         return smaller
 
     def prefill(self, prompts: Sequence[Sequence[int]], first: int) -> tuple[Tensor, int]:
-        """Fills a new cache with prompts[first:end], as many as fit PREFILL_TOKENS, padding included
-        -> the cache [layers, 2, prompts, kv_heads, T, d], and `end`. A prompt's last token is left for
-        the first decode step, which gives the first logits."""
+        """Fills a new cache, the bank, with prompts[first:end], as many as fit PREFILL_TOKENS,
+        padding included -> the bank [layers, 2, prompts, kv_heads, T, d], and `end`. A prompt's
+        last token is left for the first decode step, which gives the first logits."""
         end = first + 1
         longest = max(1, len(prompts[first]) - 1)
         while end < len(prompts):
@@ -260,12 +263,13 @@ class Slots:
         self.sampler = sampler
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
-        # What Python knows, as of the last look. The prompt of each sequence, in the order of turns:
-        self.queue = [i for i in range(len(prompts)) for _ in range(samples_per_prompt)]
+        # What Python knows, as of the last look. Sequence -> its prompt; they get slots in this
+        # order:
+        self.prompt_of = [i for i in range(len(prompts)) for _ in range(samples_per_prompt)]
         self.started = 0  # how many of them have had a slot
         self.busy: dict[int, int] = {}  # slot -> its sequence; the other slots are free
-        self.episodes: list[Episode | None] = [None] * len(self.queue)
-        self.rows = min(sampler.slots, len(self.queue))
+        self.episodes: list[Episode | None] = [None] * len(self.prompt_of)
+        self.rows = min(sampler.slots, len(self.prompt_of))
 
         # What the device knows, as of the last token.
         self.device = sampler.device
@@ -297,12 +301,12 @@ class Slots:
     @property
     def waiting(self) -> bool:
         """Whether a sequence has not had a slot yet."""
-        return self.started < len(self.queue)
+        return self.started < len(self.prompt_of)
 
     def refill(self) -> None:
         """Gives every free slot the next sequence, as long as there is one."""
         while self.waiting and len(self.busy) < self.rows:
-            next_prompt = self.queue[self.started]
+            next_prompt = self.prompt_of[self.started]
             if next_prompt >= self.bank_end:
                 self.bank_first = next_prompt
                 self.bank, self.bank_end = self.sampler.prefill(self.prompts, self.bank_first)
@@ -311,11 +315,11 @@ class Slots:
     def next_sequences(self) -> dict[int, int]:
         """Free slot -> the sequence it takes, of those whose prompts are in the bank."""
         free = [slot for slot in range(self.rows) if slot not in self.busy]
-        left = range(self.started, len(self.queue))
+        left = range(self.started, len(self.prompt_of))
         return {
             slot: sequence
             for slot, sequence in zip(free, left)
-            if self.queue[sequence] < self.bank_end
+            if self.prompt_of[sequence] < self.bank_end
         }
 
     def start(self, fresh: dict[int, int]) -> None:
@@ -323,7 +327,7 @@ class Slots:
         to be decoded."""
         self.busy |= fresh
         self.started += len(fresh)
-        prompt_indices = [self.queue[sequence] for sequence in fresh.values()]
+        prompt_indices = [self.prompt_of[sequence] for sequence in fresh.values()]
         in_bank = self.on_device([i - self.bank_first for i in prompt_indices])
         last_token = [self.prompts[i][-1] for i in prompt_indices]
         last_position = [len(self.prompts[i]) - 1 for i in prompt_indices]
@@ -339,7 +343,8 @@ class Slots:
         self.alive[slots] = True
 
     def make_room(self, steps: int) -> None:
-        """Makes the cache long enough for `steps` more tokens of the furthest slot, ended or not."""
+        """Makes the cache long enough for `steps` more tokens of the furthest slot. An ended one
+        counts too: it goes on writing at its own position."""
         reach = min(int(self.position.max()) + steps, self.sampler.max_length)
         if reach > self.cache.shape[4]:
             self.cache = self.sampler.lengthened(self.cache, reach)
@@ -357,10 +362,11 @@ class Slots:
         self.logps.scatter_(1, column, logp[:, None])
         self.entropies.scatter_(1, column, entropy[:, None])
 
-        # From here on `alive` is of the next step.
+        # Slots that were alive have one token more.
         self.count += self.alive
         ended = torch.isin(drawn, self.eos)
         has_room = self.count < self.max_new_tokens
+        # From here on `alive` is of the next step.
         self.alive &= ~ended & has_room
         self.newest = torch.where(self.alive, drawn, self.newest)
         self.position += self.alive
@@ -377,7 +383,7 @@ class Slots:
         return len(ended)
 
     def episode(self, sequence: int, slot: int, length: int) -> Episode:
-        prompt_index = self.queue[sequence]
+        prompt_index = self.prompt_of[sequence]
         response = self.tokens[slot, :length].cpu().clone()
         return Episode(
             prompt=torch.tensor(self.prompts[prompt_index]),

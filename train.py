@@ -16,9 +16,10 @@ field's usual: weight decay, gradient clip, value clip, a constant learning rate
     A advantage      N answers (of the rollout in training_step, of the minibatch in update)
     s settings       B sequences of a micro-batch
 
-Numbers per token have two layouts: [N, R], a row per answer and a column per response token, R at
-most; and [B, T-1], a column per token that a forward pass over T tokens of prompt and response
-predicts. `Batch.align` makes the second of the first (plumbing/batch.py).
+Numbers per token have two layouts. [N, R]: a row per answer, column r is its response token r.
+[B, T-1]: a row per sequence of prompt and response, column t is about token t+1, which the forward
+pass predicts from tokens 0 to t. `Batch.align` turns the first into the second, `Batch.unalign` the
+second into the first (plumbing/batch.py).
 """
 
 import dataclasses
@@ -57,9 +58,10 @@ from plumbing.metrics import (
 )
 from plumbing.optimizer import make_optimizer
 from plumbing.pretrained import open_pretrained, save
-from plumbing.run import Run, settings_of_run, stop
+from plumbing.run import Run, claim, no_other_flag
 from plumbing.seeds import seeded_generator
 from plumbing.settings import PRESETS, Settings, check, parse_flags, pick_device
+from plumbing.stop import stop
 from rollout import Episode, Sampler, texts
 from tasks import Problem, load_task
 
@@ -95,7 +97,7 @@ def training_step(step: int, learner: Learner, s: Settings) -> StepRecord:
     record = StepRecord()
 
     # Sample: several answers to each of the step's problems.
-    problems = problems_of_step(learner.problems, s.prompts, step - 1, s.seed)  # counts from 0
+    problems = problems_of_step(learner.problems, s.prompts, step - 1, s.seed)  # it counts from 0
     problems = my_share(problems, s.minibatch, learner.rank, learner.world)
     prompts = [learner.task.encode(problem, learner.tokenizer) for problem in problems]
     generator = rollout_generator(step, learner, s)
@@ -107,10 +109,11 @@ def training_step(step: int, learner: Learner, s: Settings) -> StepRecord:
     record.lap("rollout_s")
 
     # Reward: +1 for a right answer, -1 for any other.
-    rewards = [
-        learner.task.reward(problems[episode.prompt_index], response, episode.finished)
-        for episode, response in zip(episodes, texts(learner.tokenizer, episodes))
-    ]
+    rewards = learner.task.rewards(
+        [problems[episode.prompt_index] for episode in episodes],
+        texts(learner.tokenizer, episodes),
+        [episode.finished for episode in episodes],
+    )
     reward = torch.tensor(rewards)  # [N]
     record.reward = reward
     record.lap("reward_s")
@@ -129,8 +132,8 @@ def training_step(step: int, learner: Learner, s: Settings) -> StepRecord:
         record.value = value[mask]
         record.ret = ret[mask]
 
-    # Update: an optimizer step per minibatch. The entropy is added to the advantage in there and not
-    # here, because the policy, and with it its entropy, changes from one to the next.
+    # Update: an optimizer step per minibatch. The entropy is added to the advantage in there and
+    # not here, because the policy, and with it its entropy, changes from one to the next.
     critic_only = s.algo == "ppo" and step <= s.critic_warmup
     size = s.minibatch // learner.world * s.samples  # answers; those to one problem are neighbours
     for first in range(0, len(episodes), size):
@@ -217,8 +220,8 @@ def count_tokens(episodes: Sequence[Episode]) -> int:
 
 
 def needs_forward(advantage: Tensor, s: Settings) -> list[int]:
-    """advantage [N, R] -> indices of the answers that need a forward pass. A = 0 on all tokens means
-    no policy gradient; the entropy bonus has one everywhere."""
+    """advantage [N, R] -> indices of the answers that need a forward pass. A = 0 on all tokens
+    means no policy gradient; the entropy bonus has one everywhere."""
     if s.entropy_coef > 0 or not s.skip_zero:
         return list(range(len(advantage)))
     has_advantage = (advantage != 0).any(dim=1).tolist()
@@ -235,8 +238,9 @@ def optimizer_step(
 ) -> Counter:
     """Adds up what all processes have, clips, refuses what is not finite, and steps.
 
-    Afterwards gradients are zeros, not None: a step in which no answer has a gradient is a step too,
-    for AdamW's moments and the weight decay. FloatingPointError before any weight has changed."""
+    Afterwards gradients are zeros, not None: a step in which no answer has a gradient is a step
+    too, for AdamW's moments and the weight decay. FloatingPointError before any weight has
+    changed."""
     total = add_over_processes(gather(total))
     sum_gradients(module)
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), s.grad_clip)
@@ -260,7 +264,7 @@ def critic_advantage(
         batch = collate([episodes[i] for i in rows], critic.value.weight.device)
         with autocast(batch.tokens.device, s):
             predicted = critic(batch.tokens)  # [B, T-1]
-        value[rows] = batch.responses(predicted, mask.shape[1])
+        value[rows] = batch.unalign(predicted, mask.shape[1])
 
     # The answer's reward comes with its last token.
     token_reward = torch.zeros(mask.shape)
@@ -298,11 +302,18 @@ def update_critic(
 
 def train(s: Settings) -> Path | None:
     """Runs the command; returns the run's folder (None after a dry run)."""
-    check(s)
-    learner = prepare(s)
+    rank, _ = join()
     if s.dry_run:
-        dry_run(learner, s)
+        check(s)
+        dry_run(prepare(s), s)
         return None
+    with claim(s, rank) as s:  # before anything of the run is read or made
+        check(s)
+        return take_steps(prepare(s), s)
+
+
+def take_steps(learner: Learner, s: Settings) -> Path:
+    """All steps that are left, with the validations and saves between them -> the run's folder."""
 
     def save_model(folder: Path) -> None:
         save(learner.policy.module, learner.tokenizer, folder)
@@ -310,7 +321,7 @@ def train(s: Settings) -> Path | None:
     parts = {"policy": learner.policy}
     if learner.critic:
         parts["critic"] = learner.critic
-    run = Run(s, parts, save_model, learner.rank)
+    run = Run(s, parts, save_model, learner.rank, len(learner.validation))
     learner.sampler.sync()  # with the weights that a resumed run has loaded
     validate_if_due(run.saved_step, run, learner, s)
     bar = tqdm(
@@ -321,12 +332,13 @@ def train(s: Settings) -> Path | None:
         unit="step",
         disable=True if learner.rank else None,  # None: on a terminal only
     )
+    # From here on a first Ctrl-C lets the step be finished and saved (plumbing/run.py).
     stop.in_steps = True
     for step in bar:
         stop.where = f"step {step}"
         record = training_step(step, learner, s)
         timeouts = getattr(learner.task, "timeouts", 0)  # of the grader of mathematics
-        line = log_line(step, record, s, learner.device, timeouts)
+        line = log_line(step, record, s, learner.device, learner.tokenizer, timeouts)
         # Did any process get a signal? Asked here alone, so that all of them decide alike; a later
         # signal is for the next step.
         stopping = any(gather(stop.asked))
@@ -352,7 +364,7 @@ def prepare(s: Settings) -> Learner:
     there is nothing to train on or not enough memory."""
     device = pick_device(s.device)
     task = load_task(s.task, s.data, s.test_data, s.template)
-    rank, world = join(device)
+    rank, world = join()
     pretrained = open_pretrained(s.model)
 
     # Problems whose prompts are short enough.
@@ -411,7 +423,7 @@ def dry_run(learner: Learner, s: Settings) -> None:
     # Every answer has a forward pass, and the policy learns from the first step on.
     largest = dataclasses.replace(s, skip_zero=False, critic_warmup=0)
     record = training_step(1, learner, largest)
-    line = log_line(1, record, largest, learner.device, timeouts=0)
+    line = log_line(1, record, largest, learner.device, learner.tokenizer, timeouts=0)
     print(
         f"{len(record.episodes)} sequences of {learner.sampler.max_length} tokens, "
         f"peak memory {line['peak_memory_gb']:.2f} GB; {step_times([line])}"
@@ -429,6 +441,7 @@ def validate_if_due(step: int, run: Run, learner: Learner, s: Settings) -> None:
         return
     first_or_last = step in (0, s.steps)
     shows_progress = first_or_last and learner.rank == 0
+    # All is saved: a Ctrl-C need not wait.
     with stop.at_once():
         counts = count_solved(
             learner.sampler,
@@ -449,8 +462,8 @@ def validate_if_due(step: int, run: Run, learner: Learner, s: Settings) -> None:
 def warn_if_stuck(log: list[dict], s: Settings) -> None:
     """Every 20 steps, if no group of them taught anything."""
     step = log[-1]["step"]
-    nothing_learned = all(line["equal_groups"] == 1 for line in log[-20:])
-    if s.algo == "grpo" and step % 20 == 0 and nothing_learned:
+    every_group_equal = all(line["equal_groups"] == 1.0 for line in log[-20:])  # a share of them
+    if s.algo == "grpo" and step % 20 == 0 and every_group_equal:
         tqdm.write(
             "no group had both right and wrong answers in 20 steps, so nothing is learned (mean "
             f"reward {log[-1]['reward']:+.2f}): try more --samples, easier problems or another "
@@ -474,17 +487,11 @@ def conclude(run: Run, learner: Learner, s: Settings) -> None:
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop.on_signal)
-    try:
+    with stop.in_a_sentence():
         settings = parse_flags(Settings, __doc__, presets=PRESETS)
         if settings.resume is not None:
-            settings = settings_of_run(settings.resume, sys.argv[1:])
+            no_other_flag(sys.argv[1:])
         train(settings)
-    except FloatingPointError as error:
-        sys.exit(f"train.py: stopped in {stop.where}: {error}; {stop.what_may_help()}")
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"train.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"train.py: stopped{stop.how_to_resume()}")
 
 
 if __name__ == "__main__":

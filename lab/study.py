@@ -17,27 +17,25 @@ did, curves, a digest of the weights), so an interrupted study goes on where it 
 order and sampling, the base is the same.
 """
 
-import concurrent.futures
 import gzip
 import hashlib
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from advantage import group_advantage, shape_with_entropy
 from evaluate import count_solved
 from lab.arms import BASE, CORE, FRESH, MAP, OTHERS, Arm, key
 from lab.behaviour import Behaviour
+from lab.children import Children, end_with_the_study, side_by_side
 from lab.tables import CURVES, figures, map_tables, tables
 from model import load
 from plumbing.checkpoint import atomic_write, read_json
+from plumbing.lock import lock
 from plumbing.run import settings_of_run
 from plumbing.settings import Settings as TrainSettings
 from plumbing.settings import flag, parse_flags, run_name
@@ -106,27 +104,21 @@ def jobs(s: Settings) -> list[Job]:
     return left
 
 
-def study(s: Settings) -> None:
-    """Does all jobs, some of them side by side."""
-    with concurrent.futures.ThreadPoolExecutor(s.processes) as pool:
-        futures = [pool.submit(work, job, s) for job in jobs(s)]
-        finished = concurrent.futures.as_completed(futures)
-        try:
-            for future in tqdm(finished, total=len(futures), desc="study", unit="run"):
-                future.result()
-        except BaseException:  # Ctrl-C or a failed run: start none of the others
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def study(s: Settings) -> list[str]:
+    """Does all jobs, some of them side by side -> a sentence for each that failed."""
+    return side_by_side(
+        lambda job, children: work(job, s, children), jobs(s), s.processes, label="study"
+    )
 
 
-def work(job: Job, s: Settings) -> None:
-    """Trains one run (unless it is the base, or done) and measures it, each in a process of one
-    thread."""
+def work(job: Job, s: Settings, children: Children) -> None:
+    """Trains one run (unless it is the base, or done) and measures it, each in a process of its
+    own."""
     if job.arm is BASE:
         folder = "base"
     else:
         folder = f"{s.runs}/{key(job.arm.name, job.seed)}"
-        train_run(job, folder, s)
+        train_run(job, folder, s, children)
 
     split = "validation" if s.map or s.quick else "test"
     problems = 5 if s.quick else 200
@@ -135,10 +127,10 @@ def work(job: Job, s: Settings) -> None:
     else:
         samples = 128 if s.quick else 256
     arguments = (folder, job.counts, split, problems, samples)
-    run_python("-c", f"from lab.study import measure; measure{arguments}")
+    children.run("-c", f"from lab.study import measure; measure{arguments}")
 
 
-def train_run(job: Job, folder: str, s: Settings) -> None:
+def train_run(job: Job, folder: str, s: Settings, children: Children) -> None:
     """Begins the run, or goes on with it. ValueError if `folder` is another run."""
     # Few evaluations: what is reported is measured afterwards.
     flags = ["--seed", str(job.seed), *job.arm.flags.split()]
@@ -147,7 +139,7 @@ def train_run(job: Job, folder: str, s: Settings) -> None:
         flags += ["--steps", "3", "--critic-warmup", "1"]
 
     if not Path(folder).exists():
-        run_python("train.py", "--out", s.runs, "--name", Path(folder).name, *flags)
+        children.run("train.py", "--out", s.runs, "--name", Path(folder).name, *flags)
         return
 
     wanted = parse_flags(TrainSettings, __doc__, flags)
@@ -155,18 +147,7 @@ def train_run(job: Job, folder: str, s: Settings) -> None:
         raise ValueError(
             f"{folder} is not a run of {job.arm.name}: its settings are others; move it away"
         )
-    run_python("train.py", "--resume", folder)  # begun, and perhaps finished
-
-
-def run_python(*command: str) -> None:
-    subprocess.run(
-        [sys.executable, *command],
-        check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    children.run("train.py", "--resume", folder)  # begun, and perhaps finished
 
 
 class Watch(Behaviour):
@@ -280,26 +261,38 @@ def four_digits(value: float | None) -> float | None:
     return float(f"{value:.4g}") if value else value
 
 
+def run_and_print(s: Settings) -> None:
+    """ChildProcessError, after the tables, if a run failed."""
+    results = Path(s.results)
+    failures = []
+    if not s.tables:
+        with lock(results):  # or two studies would train the same runs
+            failures = study(s)
+    if failures:
+        print(*failures, sep="\n", file=sys.stderr)
+
+    if s.map:
+        print(map_tables(results))
+    else:
+        print(tables(results))
+        print(*figures(results, results.parent / "figures/study"), sep="\n")
+    if failures:
+        raise ChildProcessError(f"{len(failures)} runs failed; the same command tries them again")
+
+
 if __name__ == "__main__":
+    end_with_the_study()
     settings = parse_flags(Settings, __doc__)
     if settings.quick:
         settings.seeds = 1
         settings.other_seeds = 1
         settings.runs = "runs/quick"
         settings.results = "runs/quick/results"
-    results = Path(settings.results)
     try:
-        if not settings.tables:
-            study(settings)
-        if settings.map:
-            print(map_tables(results))
-        else:
-            print(tables(results))
-            print(*figures(results, results.parent / "figures/study"), sep="\n")
-    except subprocess.CalledProcessError as error:
-        last_line = error.stderr.strip().split("\n")[-1]
-        sys.exit(f"lab.study: {' '.join(error.cmd[1:])} failed: {last_line}")
+        run_and_print(settings)
     except (ValueError, OSError) as error:
         sys.exit(f"lab.study: {error}")
+    except KeyboardInterrupt:
+        sys.exit("lab.study: stopped; the same command goes on")
     except KeyboardInterrupt:
         sys.exit("lab.study: stopped; the same command goes on with what is left")

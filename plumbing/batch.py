@@ -101,7 +101,7 @@ class Batch:
         response_token = (column - first_column).clamp(0, values.shape[1] - 1)  # [B, T-1]
         return torch.where(self.mask, values.gather(1, response_token), 0.0)
 
-    def responses(self, columns: Tensor, length: int) -> Tensor:
+    def unalign(self, columns: Tensor, length: int) -> Tensor:
         """The way back: [B, T-1] -> [B, length] on the CPU, 0 beyond each response."""
         response_len = (self.total_len - self.prompt_len).cpu()
         inside = torch.arange(length) < response_len[:, None]  # [B, length]

@@ -11,7 +11,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 import safetensors
 import safetensors.torch
@@ -28,7 +28,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     earlier one is left as .NAME.old. OSError if it cannot be written."""
     workplace = path.with_name(f".{path.name}.tmp")
     old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(workplace, ignore_errors=True)  # what a kill left behind
+    remove(workplace)  # what a kill left behind
     try:
         # A folder to work in: safetensors makes a temporary file of its own name beside its target.
         workplace.mkdir(parents=True)
@@ -36,14 +36,32 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield fresh
         flush_to_disk(workplace)
         if path.is_dir():  # which a rename cannot replace
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
             os.rename(path, old)
         os.replace(fresh, path)
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     except Exception as error:  # on a full disk safetensors and tokenizers raise no OSError
         raise OSError(f"{path} could not be written ({error})") from None
     finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+        remove(workplace)
+
+
+def clear_up(path: Path) -> None:
+    """Mends what an atomic_write that was killed has left beside `path`: an earlier one without a
+    new one in its place goes back."""
+    old = path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        os.rename(old, path)
+    remove(old)
+    remove(path.with_name(f".{path.name}.tmp"))
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, if it is there; as far as that is possible."""
+    if path.is_file() or path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def flush_to_disk(folder: Path) -> None:
@@ -57,7 +75,7 @@ def read_json(path: Path) -> dict:
     """ValueError if the file does not hold a JSON object."""
     try:
         content = json.loads(path.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):  # also what is not text, or nested too deep
         content = None
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a JSON object")
@@ -74,36 +92,60 @@ def append_line(file: Path, record: dict) -> None:
         raise OSError(f"{file} could not be written ({error.strerror})") from None
 
 
-def read_lines(file: Path, done: int, wanted: range) -> list[dict]:
-    """The lines of steps 0..done, which alone are left in the file: a later one, whole or torn,
-    will be made again. ValueError, and the file stays as it is, if one of the `wanted` steps is
-    not there."""
-    text = file.read_text() if file.exists() else ""
-    records = [record for record in parse_lines(text) if record["step"] <= done]
+def read_lines(file: Path, done: int, wanted: range, numbers: Sequence[str] = ()) -> list[dict]:
+    """The lines of steps 0..done; later ones, whole or torn, will be made again. The file stays as
+    it is. ValueError if one of the `wanted` steps is not there, or a line is no JSON object with a
+    step after that of the line before and something measured in each of `numbers`."""
+    records = []
+    step = -1
+    for number, record in enumerate(parse_lines(file), start=1):
+        before = step
+        step = record.get("step") if isinstance(record, dict) else None
+        if type(step) is not int:
+            raise ValueError(f"{file} is damaged: line {number} is no line of a step")
+        if step <= before:
+            raise ValueError(
+                f"{file} is damaged: line {number} is of step {step}, and the one before it of "
+                f"step {before}"
+            )
+        for name in numbers:
+            if not isinstance(record.get(name), (int, float)):
+                raise ValueError(f"{file} is damaged: line {number} has no number as its {name!r}")
+        if step <= done:
+            records.append(record)
 
-    missing = sorted(set(wanted) - {record["step"] for record in records})
-    if missing:
+    present = {record["step"] for record in records}
+    for step in wanted:  # stops at the first that is missing, however many are wanted
+        if step not in present:
+            raise ValueError(
+                f"{file} is damaged: the saved state is of step {done}, but step {step} is missing"
+            )
+    return records
+
+
+def parse_lines(file: Path) -> list:
+    """The lines of JSON up to the first torn one. ValueError if one cannot be of our making."""
+    if not file.exists():
+        return []
+    records = []
+    try:
+        for line in file.read_text().splitlines():
+            records.append(json.loads(line))
+    except json.JSONDecodeError:  # torn
+        pass
+    except (ValueError, RecursionError) as error:  # not text; a number too long; nested too deep
         raise ValueError(
-            f"{file} is damaged: the saved state is of step {done}, "
-            f"but step {missing[0]} is missing"
-        )
+            f"{file} is damaged after line {len(records)} ({type(error).__name__})"
+        ) from None
+    return records
 
+
+def keep_lines(file: Path, records: Sequence[dict]) -> None:
+    """Leaves only these lines in the file."""
     kept = "".join(json.dumps(record) + "\n" for record in records)
-    if kept != text:
+    if kept != (file.read_text() if file.exists() else ""):
         with atomic_write(file) as fresh:
             fresh.write_text(kept)
-    return records
-
-
-def parse_lines(text: str) -> list[dict]:
-    """The lines of JSON up to the first torn one."""
-    records = []
-    for line in text.splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
 
 
 def state_of(parts: dict[str, tuple]) -> dict[str, Tensor]:
@@ -162,6 +204,8 @@ def copy_into(tensors: dict[str, Tensor], saved) -> None:
         place = tensors.get(name)
         if place is None or kept.shape != place.shape:
             raise ValueError(f"{name} belongs to another model or algorithm")
+        if kept.dtype != place.dtype:
+            raise ValueError(f"{name} is of {kept.dtype}, and not of {place.dtype}")
         if not kept.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity")
         place.copy_(kept)

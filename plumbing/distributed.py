@@ -2,26 +2,48 @@
 
 torchrun starts them. Everything that has to be the same in all of them goes through `gather`, and
 the gradients through `sum_gradients`. With one process `gather` gives a list of one, and
-`sum_gradients` does nothing."""
+`sum_gradients` does nothing.
+
+When one process ends, torchrun ends the others, and those that wait for it get OthersEnded. The
+first that fails says why; see `is_first_to_speak`."""
 
 import os
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Iterator
 
 import torch
 import torch.distributed as dist
 
 
-def join(device: torch.device) -> tuple[int, int]:
+class OthersEnded(Exception):
+    """A process waited for one that is no more."""
+
+
+def join() -> tuple[int, int]:
     """Joins the processes that torchrun started -> rank and number of processes; 0, 1 without
-    torchrun."""
+    torchrun. Before anything that one process alone may refuse, so that none waits for it here."""
     started_by_torchrun = "WORLD_SIZE" in os.environ
     if started_by_torchrun and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # A process waits for the others as long as the longest rollout takes.
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+        with others_needed():
+            dist.init_process_group(backend, timeout=timedelta(days=1))
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
+
+
+@contextmanager
+def others_needed() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # torch has no type of its own for it
+        reason = str(error).splitlines()[0]
+        told = "" if "onnection" in reason else f" ({reason})"
+        raise OthersEnded(f"another process of this run has ended{told}") from None
 
 
 def gather(mine: object) -> list:
@@ -29,7 +51,8 @@ def gather(mine: object) -> list:
     if not dist.is_initialized():
         return [mine]
     found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
+    with others_needed():
+        dist.all_gather_object(found, mine)
     return found
 
 
@@ -38,5 +61,28 @@ def sum_gradients(module: torch.nn.Module) -> None:
     loss by the tokens of all."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    for parameter in module.parameters():
-        dist.all_reduce(parameter.grad)
+    with others_needed():
+        for parameter in module.parameters():
+            dist.all_reduce(parameter.grad)
+
+
+def is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_first_to_speak() -> bool:
+    """Whether no other process of this run has asked this: what ends one ends all, and is told
+    once. torchrun's own process keeps the count, so it outlives ours."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    try:
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=5),
+        )
+        return store.add(f"last words {attempt}", 1) == 1
+    except (RuntimeError, KeyError, ValueError):  # nobody there to ask
+        return True

@@ -1,6 +1,7 @@
 """Memory that is known before anything is allocated: a model too large for the card is refused with
 numbers, not after an hour."""
 
+import math
 import os
 import resource
 import sys
@@ -12,6 +13,16 @@ from plumbing.pretrained import head_size
 
 GB = 1e9
 BYTES = {"float32": 4, "bfloat16": 2}
+BYTES_OF_OBJECTS = 2000  # of an answer: the Python objects around its numbers
+CONTAINER = Path("/sys/fs/cgroup/memory.max")  # Linux, inside a container
+# What torch and its libraries say where memory is lacking, without an exception of its own.
+WORDS_FOR_IT = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "bad_alloc",
+    "ALLOC_FAILED",
+)
 MAY_HELP = (
     "what may help: fewer --slots, less --micro-tokens or --chunk, --recompute, "
     "--weights bfloat16 --dtype bfloat16, --algo grpo, a smaller model"
@@ -51,7 +62,26 @@ def plan(config: dict, parameters: int, s, length: int, rows: int, device: torch
     free = free_bytes(device)
     if max(update, rollout) > free:
         raise ValueError(f"{table}, but there are {free / GB:.3g}; {MAY_HELP}")
+    check_host(s, length, device, max(update, rollout))
     return table
+
+
+def check_host(s, length: int, device: torch.device, on_device: float) -> None:
+    """ValueError if this machine's memory is too small for the answers of a rollout, of all
+    processes, or of a problem's validation. `on_device`: bytes that the model takes there."""
+    answers = max(s.prompts * s.samples, s.eval_samples, s.final_samples)
+    # int64 tokens of prompt and response; of a response's tokens log-probability and entropy too,
+    # and padded: mask, log-probability, advantage, value, return.
+    tokens = length * 8 + s.max_new_tokens * (4 + 4 + 1 + 4 * 4)
+    size = answers * (tokens + BYTES_OF_OBJECTS)
+    needed = size if device.type == "cuda" else size + on_device
+    free = free_bytes(torch.device("cpu"))
+    if needed > free:
+        raise ValueError(
+            f"{answers} answers of up to {length} tokens with their prompts take {size / GB:.3g} GB "
+            f"of this machine's memory, which is {free / GB:.3g}; what may help: fewer --prompts or "
+            "--samples (and --eval-samples, --final-samples), less --max-new-tokens"
+        )
 
 
 def activations(config: dict, parameters: int, s, length: int) -> int:
@@ -84,7 +114,27 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return physical // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(physical, limit_of_container()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def limit_of_container() -> float:
+    """Bytes that this process's control group may have; infinite without a limit."""
+    limit = CONTAINER.read_text().strip() if CONTAINER.exists() else "max"
+    return math.inf if limit == "max" else int(limit)
+
+
+def out_of_memory(error: Exception, may_help: str = MAY_HELP) -> str:
+    """The sentence for an error that says so in one of torch's ways. Any other error is raised
+    again: it is a bug, and its traceback is wanted."""
+    said = any(words in str(error) for words in WORDS_FOR_IT)
+    if not said and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        raise error
+    numbers = ""
+    if torch.cuda.is_initialized():
+        allocated = torch.cuda.memory_allocated() / GB
+        reserved = torch.cuda.memory_reserved() / GB
+        numbers = f", with {allocated:.3g} GB allocated and {reserved:.3g} GB reserved on the GPU"
+    return f"out of memory{numbers}; {may_help}"
 
 
 def peak_memory(device: torch.device) -> float:

@@ -56,7 +56,9 @@ class StepRecord:
         self.seconds[name] = self.clock.lap()
 
 
-def log_line(step: int, record: StepRecord, s, device: torch.device, timeouts: int) -> dict:
+def log_line(
+    step: int, record: StepRecord, s, device: torch.device, tokenizer, timeouts: int
+) -> dict:
     """A step's line of log.jsonl, of all processes together; all of them must call it."""
     episodes = sum(gather(record.episodes), [])
     reward = torch.cat(gather(record.reward))
@@ -73,7 +75,17 @@ def log_line(step: int, record: StepRecord, s, device: torch.device, timeouts: i
     line["score_s"] = sum(sums["score_s"] for sums in record.updates)  # forward passes of updates
     line["peak_memory_gb"] = peak_memory(device)
     line["timeouts"] = sum(gather(timeouts))  # answers whose grading was stopped, since the start
+    line["unknown_tokens"] = count_unknown(episodes, tokenizer)
     return line
+
+
+def count_unknown(episodes: Sequence["Episode"], tokenizer) -> int:
+    """Response tokens whose ids the tokenizer does not know: a model may have more words than its
+    tokenizer. They vanish from the text that is graded."""
+    responses = torch.cat([episode.response for episode in episodes])
+    ids, counts = responses.unique(return_counts=True)
+    words = tokenizer.convert_ids_to_tokens(ids.tolist())
+    return sum(count for word, count in zip(words, counts.tolist()) if word is None)
 
 
 def shaping_sums(plain: Tensor, shaped: Tensor, mask: Tensor, kappa: float) -> dict[str, Tensor]:
@@ -173,7 +185,7 @@ def critic_metrics(updates: list[Counter], value: Tensor, ret: Tensor) -> dict:
 def step_times(log: list[dict]) -> str:
     """Where the time of a step goes. On a GPU the share of scoring is not exact: nobody waits for
     the card there."""
-    keys = [key for key in log[0] if key.endswith("_s")]
+    keys = ("rollout_s", "reward_s", "update_s", "score_s")
     median = {key: statistics.median(line[key] for line in log) for key in keys}
     return (
         f"median seconds of a step: rollout {median['rollout_s']:.2f}, "

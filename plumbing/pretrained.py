@@ -76,10 +76,10 @@ def rope_parameters(config: dict) -> dict:
 
 
 def find_folder(path_or_hub_id: str) -> Path:
-    """The folder that holds the model: of a run, its model/; a hub id is downloaded. The embedded
-    model is found from any working directory. FileNotFoundError if there is none."""
+    """The folder that holds the model: of a run, its model/; a hub id is downloaded. `base` is the
+    embedded model, from any working directory. FileNotFoundError if there is none."""
     folder = Path(path_or_hub_id)
-    if path_or_hub_id == EMBEDDED and not folder.exists():
+    if path_or_hub_id == EMBEDDED:
         folder = Path(__file__).parents[1] / EMBEDDED
     for candidate in (folder / "model", folder):  # a run's own config.json holds its settings
         if (candidate / "config.json").exists():

@@ -1,76 +1,107 @@
-"""A run that survives: its folder, the order in which things are written to it, and signals.
+"""A run that survives: its folder for it alone, and the order in which things are written to it.
 
-config.json          the settings, written first
-log.jsonl            a line a step
-validation.jsonl     a line a validation, with the right answers of every problem
-state.safetensors    weights, AdamW's moments and the step: what --resume goes on from
-model/               the policy as a Hugging Face folder
-validation.json      the final table, written last
-"""
+plumbing/folder.py says what is in the folder, checkpoint.py how each of it is written, lock.py how
+a second process is kept out, and stop.py what a signal does."""
 
 import dataclasses
 import json
 import os
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
 from plumbing.checkpoint import (
     append_line,
     atomic_write,
+    flush_to_disk,
+    keep_lines,
     load_state,
     read_json,
     read_lines,
+    remove,
     save_state,
 )
 from plumbing.distributed import gather
-from plumbing.settings import Settings, run_name
+from plumbing.folder import (
+    first_stranger,
+    new_place,
+    put_in_order,
+    remove_leftovers,
+    take_place,
+)
+from plumbing.lock import lock, remove_empty, workplace
+from plumbing.pretrained import EMBEDDED
+from plumbing.settings import Settings, check_text, run_name
+from plumbing.stop import stop
+
+# What a resumed run reads of its old lines, besides the step.
+LOG_NUMBERS = ("reward", "equal_groups", "rollout_s", "reward_s", "update_s", "score_s")
+VALIDATION_NUMBERS = ("samples", "tokens", "finished")
 
 
-class Stop:
-    """The handler of Ctrl-C and SIGTERM, and what its messages need to know. A first Ctrl-C or SIGTERM lets the step in hand be
-    finished and saved; a second one, or a first while nothing would be lost, stops at once."""
+def folder_of(s: Settings) -> Path:
+    """Where the run is, or is going to be. FileNotFoundError; ValueError for a name that cannot be
+    a folder's."""
+    if s.resume is not None:
+        folder = Path(s.resume)
+        if not s.resume or not folder.parent.is_dir():
+            raise no_run(s.resume)
+        return folder
 
-    asked = False
-    in_steps = False  # a step is being computed, whose work would be lost
-    run: Path | None = None
-    saved = 0  # the step of the last save
-    where = ""  # in the training, for the message about a number that is not finite
-
-    def on_signal(self, number: int, frame) -> None:
-        if self.asked or not self.in_steps:
-            raise KeyboardInterrupt
-        self.asked = True
-        # print is not safe in a signal handler.
-        os.write(2, b"\nfinishing this step and saving; once more stops at once\n")
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """While all is saved, a first signal may stop the program at once."""
-        before = self.in_steps
-        self.in_steps = False
-        yield
-        self.in_steps = before
-
-    def how_to_resume(self) -> str:
-        if self.run is None:
-            return ""
-        return f"; go on from step {self.saved} with: python train.py --resume {self.run}"
-
-    def what_may_help(self) -> str:
-        last = "nothing was saved yet"
-        if self.saved:
-            last = f"the last good state is of step {self.saved} (--model {self.run}/model)"
-        return f"{last}; a new run with a lower --lr may help"
+    check_text(s)
+    name = s.name or run_name(s)
+    if name == ".." or name != Path(s.out, name).name:
+        raise ValueError(
+            f"--name must be the name of a folder in --out, not a path; it is {name!r}"
+        )
+    if name.startswith("."):
+        raise ValueError(
+            f"--name must not begin with a dot, as what is not finished does; it is {name!r}"
+        )
+    if len(os.fsencode(name)) >= 240 and not s.name:
+        raise ValueError(
+            f"--name must be given, as these settings make too long a name; it is {s.name}"
+        )
+    if len(os.fsencode(name)) >= 240:
+        raise ValueError(f"--name must have less than 240 bytes; it has {len(os.fsencode(name))}")
+    return Path(s.out, name)
 
 
-stop = Stop()
+def no_run(folder: str) -> FileNotFoundError:
+    return FileNotFoundError(f"there is no run {folder!r}: it has no config.json")
+
+
+@contextmanager
+def claim(s: Settings, rank: int) -> Iterator[Settings]:
+    """`with claim(s, rank) as s`: the run's folder is in order, and is for this process alone (of
+    several, for the first and those that were started with it). Gives the settings, which a run
+    that is resumed has in its folder.
+
+    BlockingIOError if another process has it; FileExistsError, FileNotFoundError and ValueError as
+    from open_run and settings_of_run."""
+    run = folder_of(s)
+    with ExitStack() as until_the_end:
+        if rank == 0:
+            until_the_end.enter_context(lock(run))
+            until_the_end.callback(put_in_order, run)
+            put_in_order(run)
+            if s.resume is None:
+                may_make(run, s)
+        gather(None)  # nobody reads before the first process has the lock
+
+        if s.resume is not None:
+            s = settings_of_run(s.resume)
+        gather(None)  # nor does it change anything while others read
+        if rank == 0 and s.resume is not None:
+            remove_leftovers(run)
+        yield s
 
 
 class Run:
     """A run's folder. Only the first process writes; all of them know what is in it.
 
-    parts: name -> (module, its AdamW), see checkpoint.state_of; save_model writes the policy."""
+    parts: name -> (module, its AdamW), see checkpoint.state_of; save_model writes the policy;
+    problems: how many a validation has."""
 
     def __init__(
         self,
@@ -78,42 +109,69 @@ class Run:
         parts: dict[str, tuple],
         save_model: Callable[[Path], None],
         rank: int,
+        problems: int,
     ) -> None:
         self.parts = parts
         self.save_model = save_model
         self.writes = rank == 0
-        self.folder = Path(s.resume or Path(s.out, s.name or run_name(s)))
-        if self.writes and not s.resume:
-            open_run(s, s.name or run_name(s))
-        gather(None)  # nobody looks before the folder is there
+        self.folder = folder_of(s)
+        place = self.folder
+        if self.writes and s.resume is None:
+            place = open_run(s, self.folder.name)
+        # Where it is written: the folder, unless that is still another run's.
+        self.place = gather(place)[0]
 
-        self.saved_step = load_state(self.folder, parts)  # 0 for a new run
+        self.saved_step = load_state(self.place, parts)  # 0 for a new run
         kept = None
         if self.writes:
-            kept = self.read_kept(s.eval_every)
+            kept = self.read_kept(s, problems)
         self.log, self.validations = gather(kept)[0]  # the first process's
-        stop.run = self.folder
         stop.saved = self.saved_step
+        stop.run = self.folder if self.is_in_place() else None
 
-    def read_kept(self, eval_every: int) -> tuple[list[dict], list[dict]]:
-        """The log and the validations, up to the saved state."""
-        steps = range(1, self.saved_step + 1)
+    def read_kept(self, s: Settings, problems: int) -> tuple[list[dict], list[dict]]:
+        """The log and the validations, up to the saved state: what is later will be made again, and
+        is taken out of the files once all is found to be whole. ValueError."""
+        done = self.saved_step
+        if not 0 <= done <= s.steps:
+            raise ValueError(
+                f"{self.place}/state.safetensors is of step {done}, but the run has {s.steps} steps"
+            )
         # The validation of the saved step itself comes after its save.
-        validated = range(0, self.saved_step, eval_every)
-        log = read_lines(self.folder / "log.jsonl", self.saved_step, steps)
-        validations = read_lines(self.folder / "validation.jsonl", self.saved_step, validated)
+        validated = range(0, done, s.eval_every)
+        log_file = self.place / "log.jsonl"
+        validation_file = self.place / "validation.jsonl"
+        log = read_lines(log_file, done, range(1, done + 1), LOG_NUMBERS)
+        validations = read_lines(validation_file, done, validated, VALIDATION_NUMBERS)
+        for validation in validations:
+            check_validation(validation, validation_file, problems)
+        keep_lines(log_file, log)
+        keep_lines(validation_file, validations)
         return log, validations
+
+    def is_in_place(self) -> bool:
+        return self.place == self.folder
 
     def add_step(self, line: dict) -> None:
         """Writes the log line, which must be on the disk before the state that contains the step."""
         self.log.append(line)
         if self.writes:
-            append_line(self.folder / "log.jsonl", line)
+            append_line(self.place / "log.jsonl", line)
+        if not self.is_in_place():
+            self.replace_old_run()
+
+    def replace_old_run(self) -> None:
+        """The first step is done: this run is no failed start."""
+        if self.writes:
+            check_replaceable(self.folder)  # still: that was some time ago
+            take_place(self.folder)
+        self.place = self.folder
+        stop.run = self.folder
 
     def save(self, step: int) -> None:
-        if not self.writes:
-            return
-        save_state(self.folder, step, self.parts, self.save_model)
+        if self.writes:
+            save_state(self.place, step, self.parts, self.save_model)
+        gather(None)  # so that all of them know when it is saved
         stop.saved = step
 
     def is_validated(self, step: int) -> bool:
@@ -122,54 +180,105 @@ class Run:
     def add_validation(self, step: int, counts: dict) -> None:
         self.validations.append({"step": step} | counts)
         if self.writes:
-            append_line(self.folder / "validation.jsonl", self.validations[-1])
+            append_line(self.place / "validation.jsonl", self.validations[-1])
 
     def finish(self, record: dict) -> None:
-        with atomic_write(self.folder / "validation.json") as fresh:
+        with atomic_write(self.place / "validation.json") as fresh:
             fresh.write_text(json.dumps(record) + "\n")
 
 
-def open_run(s: Settings, name: str) -> Path:
-    """Makes the folder `name` in s.out, with the settings in config.json. FileExistsError if there
-    is one; --overwrite replaces it only if it is a run, and not the one that the model comes from.
-    """
-    run = Path(s.out, name)
-    if name == ".." or name != run.name:
+def check_validation(validation: dict, file: Path, problems: int) -> None:
+    """ValueError if its counts cannot be compared with those of a validation of today."""
+    step = validation["step"]
+    solved = validation.get("solved")
+    samples = validation["samples"]
+    if not isinstance(solved, list) or not all(type(count) is int for count in solved):
+        raise ValueError(f"{file} is damaged: step {step} has no counts of right answers")
+    if not all(0 <= count <= samples for count in solved):
+        raise ValueError(f"{file} is damaged: step {step} has impossible counts of right answers")
+    if len(solved) != problems:
         raise ValueError(
-            f"--name must be the name of a folder in --out, not a path; it is {name!r}"
+            f"{file} is of {len(solved)} validation problems in step {step}, and now there are "
+            f"{problems}; has the data changed?"
         )
-    if run.exists():
-        may_replace(run, s)
-    with atomic_write(run) as fresh:  # so a run folder never lacks its settings
-        fresh.mkdir()
-        settings = json.dumps(dataclasses.asdict(s), indent=2)
-        (fresh / "config.json").write_text(settings + "\n")
+
+
+def open_run(s: Settings, name: str) -> Path:
+    """Makes the run's folder, `name` in s.out, with the settings in config.json -> where it is: in
+    its place, or beside it if it is to replace another run. FileExistsError and ValueError as from
+    may_make."""
+    run = folder_of(dataclasses.replace(s, name=name))
+    replaces = run.exists()
+    may_make(run, s)
+    new = new_place(run)
+    remove(new)
+    new.mkdir(parents=True)
+    (new / "config.json").write_text(json.dumps(to_be_stored(s), indent=2) + "\n")
+    flush_to_disk(new)
     told = [f"{key} {value}" for key, value in vars(s).items() if value not in ("", None)]
     print(f"{run}: " + ", ".join(told))
+    if replaces:
+        return new
+    os.replace(new, run)  # so a run folder never lacks its settings
+    remove_empty([workplace(run)])
     return run
 
 
-def may_replace(run: Path, s: Settings) -> None:
+def to_be_stored(s: Settings) -> dict:
+    """The settings, with full paths: --resume may be said in another working directory. Hub ids,
+    and `base`, are as they are."""
+    settings = dataclasses.asdict(s)
+    for name in ("model", "data", "test_data"):
+        value = settings[name]
+        if value not in ("", EMBEDDED) and Path(value).exists():
+            settings[name] = str(Path(value).resolve())
+    return settings
+
+
+def may_make(run: Path, s: Settings) -> None:
+    """FileExistsError if there is something in the run's place; with --overwrite ValueError unless it
+    is a run and nothing else, and not the one that the model comes from."""
+    if not run.exists():
+        return
     if not s.overwrite:
         raise FileExistsError(
             f"{run} exists; give another --name, go on by --resume {run}, or --overwrite it"
         )
-    has_settings = (run / "config.json").exists()
-    if not has_settings or "alpha" not in read_json(run / "config.json"):
-        raise ValueError(f"--overwrite would delete {run}, which is no run folder")
+    check_replaceable(run)
     if Path(s.model).resolve().is_relative_to(run.resolve()):
         raise ValueError(f"--overwrite would delete {run}, which holds the --model")
+
+
+def check_replaceable(run: Path) -> None:
+    """ValueError unless the folder is a run (no other config.json has all settings of train.py, and
+    nothing else), and holds nothing else."""
+    if run.is_symlink():
+        raise ValueError(f"--overwrite would delete {run}, which is a link")
+    try:
+        settings_of_run(str(run))
+    except (ValueError, OSError):
+        raise ValueError(
+            f"--overwrite would delete {run}, which is no run folder of this version of train.py"
+        ) from None
+    stranger = first_stranger(run)
+    if stranger:
+        raise ValueError(f"--overwrite would delete {stranger}, which is no file of a run")
+
+
+def no_other_flag(arguments: Sequence[str]) -> None:
+    """ValueError if other flags come with --resume."""
+    for argument in arguments:
+        if argument.startswith("--") and argument.split("=")[0] != "--resume":
+            raise ValueError("--resume takes all settings from the run; no other flag goes with it")
 
 
 def settings_of_run(folder: str, arguments: Sequence[str] = ()) -> Settings:
     """The settings of a run folder. FileNotFoundError if it is none; ValueError if other flags came
     with --resume, or these settings are not ones that this version knows."""
-    for argument in arguments:
-        if argument.startswith("--") and argument.split("=")[0] != "--resume":
-            raise ValueError("--resume takes all settings from the run; no other flag goes with it")
+    no_other_flag(arguments)
     file = Path(folder, "config.json")
     if not folder or not file.exists():
-        raise FileNotFoundError(f"there is no run {folder!r}: it has no config.json")
+        raise no_run(folder)
     config = read_json(file)
     known = {field.name for field in dataclasses.fields(Settings)}
     differ = sorted(set(config) ^ known)
@@ -181,6 +290,8 @@ def settings_of_run(folder: str, arguments: Sequence[str] = ()) -> Settings:
     for field in dataclasses.fields(Settings):
         if not fits(config[field.name], getattr(usual, field.name), field.metadata.get("choices")):
             raise ValueError(f"{file}: {field.name} cannot be {config[field.name]!r}")
+    if config["dry_run"]:
+        raise ValueError(f"{file}: dry_run cannot be True; a dry run leaves no folder")
     return Settings(**config | {"resume": folder})
 
 

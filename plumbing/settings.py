@@ -6,10 +6,13 @@ import argparse
 import dataclasses
 import math
 import os
-from typing import Sequence
+import sys
+from typing import NoReturn, Sequence
 from urllib.parse import quote
 
 import torch
+
+from plumbing.distributed import is_first_to_speak
 
 TEMPLATE_NAMES = ("dapo", "qwen-math", "chat", "none")
 DTYPES = ("float32", "bfloat16")
@@ -179,6 +182,15 @@ class EvaluationSettings:
     json: str = flag("", "also write the table, with the counts of every problem, to this file")
 
 
+class Parser(argparse.ArgumentParser):
+    """Of several processes, which all have the same flags, one says what is wrong with them."""
+
+    def error(self, message: str) -> NoReturn:
+        if not is_first_to_speak():
+            sys.exit(2)
+        super().error(message)
+
+
 def parse_flags(
     settings_class,
     description: str,
@@ -187,7 +199,7 @@ def parse_flags(
 ):
     """Turns a dataclass of `flag` fields into --flags and returns it filled in. A --preset changes
     the defaults."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description.splitlines()[0],
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -233,19 +245,33 @@ def check_numbers(s) -> None:
             raise ValueError(f"{flag_name(field.name)} must be at least {least}; it is {value}")
 
 
+def check_text(s) -> None:
+    """ValueError for text that cannot be written: not as a file's name, or not on the screen. Bytes
+    that are no text in the locale's encoding come from the command line as such."""
+    for field in dataclasses.fields(s):
+        value = getattr(s, field.name)
+        if not isinstance(value, str):
+            continue
+        try:
+            value.encode(sys.getfilesystemencoding())
+            value.encode(sys.stdout.encoding or "utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{flag_name(field.name)} cannot be written in this locale's encoding, "
+                f"{error.encoding}; it is {ascii(value)}"
+            ) from None
+
+
 def check(s: Settings) -> None:
     """ValueError, in one sentence, for settings of train.py that make no sense."""
+    check_text(s)
     check_numbers(s)
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    makes_folder = not s.dry_run and not s.resume
-    name_fits = len(s.name or run_name(s)) < 240
 
     def demand(good: bool, name: str, wanted: str) -> None:
         if not good:
             raise ValueError(f"{flag_name(name)} must be {wanted}; it is {getattr(s, name)}")
 
-    if makes_folder:
-        demand(name_fits, "name", "given, as these settings make too long a name")
     demand(s.kappa > 1, "kappa", "greater than 1, or shaping could flip a sign")
     demand(
         s.samples > 1 or s.algo == "ppo",

@@ -5,6 +5,7 @@ A task is any object with
     train, validation, test                 sequences of Problem
     encode(problem, tokenizer)              the token ids of the prompt
     reward(problem, response, finished)     +1.0 for a right answer, -1.0 for any other
+    rewards(problems, responses, finished)  the same for all answers of a step
 
 and, if grading can be stopped, `timeouts`: how many answers that happened to.
 `load_task` makes one by name. Read countdown.py first; mathematics.py is the task of the paper.

@@ -175,3 +175,9 @@ class Countdown:
         target = int(problem.answer)
         solved = finished and countdown_solved(numbers, target, response)
         return 1.0 if solved else -1.0
+
+    def rewards(
+        self, problems: Sequence[Problem], responses: Sequence[str], finished: Sequence[bool]
+    ) -> list[float]:
+        """The reward of each answer."""
+        return [self.reward(*answer) for answer in zip(problems, responses, finished)]

@@ -1,211 +1,206 @@
-r"""Whether an answer to a question of mathematics is right, in three steps: find the final answer
-in the response, reduce it and the known answer to a number or a plain text, compare the two.
+r"""Whether an answer to a question of mathematics is right: find the final answer in the response,
+write it in one way (normalise.py), and compare it with the known one.
 
-No text may hang the loop or stop it. One pass finds the answer; one of more than LONGEST characters
-is wrong unread; numbers and words are compared here. The rest goes to math-verify, in a process of
-its own: 9^{9^{9^9}} hangs in C code, which no exception ends, so the process sets itself an alarm
-whose action is death. Then the answer is wrong, and `timeouts` counts it.
+The rule: an answer is wrong unless the whole of it was understood. A reward for a wrong answer is
+worse than a missed right one, because a policy learns to write what is rewarded. docs/grading.md
+lists what is understood, and what is refused on purpose.
 
-The paper does not say how it grades. Here units (in \text{} or known to math-verify), `%`, `x =`
-and a numeral's base are ignored.
+Choices, times, words and plain numbers are compared here. The rest goes to math-verify, in
+processes of its own (grader_process.py). No text may hang the loop or stop it: one pass finds the
+answer, one of more than LONGEST characters is wrong unread, and nothing is calculated here beyond
+the value of a numeral.
 
-Run as a script, this file is that process; so it imports nothing of this repository.
+The paper does not say how it grades. Here a unit, `%` and the name in `x = 7` are ignored where only
+one side has them; and the base of a numeral where only the known answer has it.
 """
 
-import functools
-import json
 import re
-import signal
-import sys
-from fractions import Fraction
-from subprocess import DEVNULL, PIPE, Popen
+
+from tasks.answer_kinds import (
+    Statement,
+    based_numeral,
+    choice,
+    has_words,
+    listed_words,
+    number,
+    ratio,
+    same_choice,
+    same_time,
+    statement,
+    time_of_day,
+    without_unit,
+)
+from tasks.formula import formula
+from tasks.grader_process import Question, graders
+from tasks.normalise import normalise
 
 LONGEST = 300  # characters of an answer
-SECONDS = 5.0  # of math-verify for an answer, without its start
 
-# Each pattern takes time linear in the text, or meets no more than LONGEST characters.
-# Where an answer may start or end.
+# ------------------------------------------------------------------------------ the final answer
+
+# Where an answer may start or end. Each alternative takes time linear in the text.
 PLACE = re.compile(
-    r"\\boxed\s*\{"  # opens a box
-    r"|\\(?!\\boxed)."  # an escaped character, because `\{` is no brace
+    r"\\(?:boxed|fbox)\s*\{"  # opens a box
+    r"|\\boxed(?![a-zA-Z])\s*(?=[^\s{])"  # a box without braces: \boxed 5
+    r"|\\(?!\\(?:boxed|fbox))."  # an escaped character, because `\{` is no brace
     r"|[{}]"  # closes a box, or has to be told from what does
-    r"|answer[ \t]*:",
-    re.DOTALL | re.IGNORECASE,
+    r"|(?<![a-zA-Z])(?i:answer)[ \t*}]*[:：](?:[ \t]*\})?",  # also \textbf{Answer:}
+    re.DOTALL,
 )
-# Math delimiters, thin spaces, currency.
-NOISE = re.compile(r"(?<!\\)\\(?:!\s*|[,()\[\]$])|\$|\bdollars?\b")
-# A text all of which is in \text{} or the like.
-WRAPPED = re.compile(r"\A\\(?:text\w*|mathrm|mathbf|mbox)\s*\{([^{}]*)\}\Z")
-# Words that change the number before them.
-SCALE = re.compile(r"hundred|thousand|million|billion|trillion|dozen|feet")
-NUMERAL = re.compile(
-    r"[+-]?"
-    r"(?:"
-    r"\d+/0*[1-9]\d*"  # 3/4, with a denominator that is not zero
-    r"|(?=\.?\d)"  # 18, 1,000, 0.5, .5: at least one digit
-    r"(?:\d{1,3}(?:,\d{3})+|\d*)"
-    r"(?:\.\d+)?"
-    r")",
-    re.ASCII,
-)
+
+WORD_END = re.compile(r"[\s$]|\Z")
 
 
 def final_answer(response: str, template: str) -> str | None:
-    r"""What follows the last `Answer:` in its line (dapo), what the last balanced \boxed{} holds
-    (qwen-math, chat), or whichever of the two starts last (none). None without one."""
+    r"""What follows the last `Answer:` in its line or else the next (dapo), what the last balanced
+    \boxed{} holds (qwen-math, chat), or whichever of the two starts last (none). None without
+    one."""
     reads_answer_lines = template in ("dapo", "none")
     reads_boxes = template != "dapo"
     start = -1  # of the last answer so far
     end = -1  # of a box; an answer line ends where its line does
+    is_bare = False  # \boxed without braces; its word is looked for once, because it may be long
+    place = (-1, -1)  # of its box, or of the word `Answer:`
 
     # One pass with a stack of open braces: linear in the text, however deep they are nested.
     open_braces: list[re.Match] = []
     for match in PLACE.finditer(response):
         token = match[0]
-        if token == "{" or token.startswith("\\boxed"):
+        if token.endswith("{") and token != r"\{":
             open_braces.append(match)
         elif token == "}":
             if not open_braces:
                 continue
             opened = open_braces.pop()
             is_box = opened[0] != "{"
-            starts_later = opened.end() > start  # else a box around the last one
-            if reads_boxes and is_box and starts_later:
+            if not (reads_boxes and is_box):
+                continue
+            # A box around a box is the same answer if it holds nothing else.
+            around = response[opened.end() : place[0]] + response[place[1] : match.start()]
+            is_around_last = opened.end() <= start and not around.strip()
+            if not is_around_last:
                 start = opened.end()
                 end = match.start()
+                is_bare = False
+            place = (opened.start(), match.end())
+        elif token.startswith(r"\boxed"):
+            if reads_boxes:
+                start = match.end()
+                is_bare = True
+                place = match.span()
         elif token.startswith("\\"):
             continue  # an escaped character
-        elif reads_answer_lines:
-            start = match.end()
-            end = -1
+        else:
+            if "}" in token and open_braces:
+                open_braces.pop()
+            if reads_answer_lines:
+                start = match.end()
+                end = -1
+                is_bare = False
+                place = match.span()
 
     if start < 0:
         return None
-    if end < 0:
-        answer = response[start:].partition("\n")[0]
-    else:
-        answer = response[start:end]
+    if is_bare:
+        end = WORD_END.search(response, start).start()
+    answer = response[start:end] if end >= 0 else first_line(response[start:])
     return answer.strip() or None
 
 
-def plain(text: str) -> Fraction | str:
-    """A number, or the text without what does not change an answer, down to the last period and
-    percent sign."""
-    text = final_answer(text, "chat") or text
-    text = " ".join(text.split())
-    text = text.replace("{,}", ",").replace("−", "-")
-    text = NOISE.sub("", text)
-    for _ in range(4):  # layers, as in **\text{(C)}.**
-        text = text.strip(" *").removesuffix(".").removesuffix("%").removesuffix("\\")
-        text = WRAPPED.sub(r"\1", text)
-
-    if NUMERAL.fullmatch(text):
-        return Fraction(text.replace(",", ""))
-    return text
+def first_line(text: str) -> str:
+    """The first line with more in it than spaces and marks of formulas, code or bold type."""
+    for line in text.split("\n"):
+        if line.strip(" \t\r*$`\\[]()-"):
+            return line
+    return ""
 
 
-def is_word(text: str) -> bool:
-    """Whether a text is compared letter by letter, like a name. math-verify would take it for a
-    product, and find east = seat."""
-    has_letters_only = text.replace(" ", "").isalpha()
-    shortest = 2 if text.isupper() else 4  # AB is a word; x and xyz are products
-    return has_letters_only and len(text) >= shortest
+# ------------------------------------------------------------------------------ comparing
+
+NO_TIME = re.compile(r": ?\d(?!\d)")  # minutes have two digits
+NEEDLESS_SPACE = re.compile(r"\s(?!\w)|(?<!\w)\s")  # one that parts nothing
 
 
 def math_equal(predicted: str, gold: str) -> bool:
     """Whether an answer is the known one. Never hangs and never raises, whatever `predicted` is."""
+    questions = open_questions(predicted, gold)
+    if questions is None:
+        return False
+    return all(graders.equal(*question) for question in questions)
+
+
+def open_questions(predicted: str, gold: str) -> list[Question] | None:
+    """What math-verify has to confirm for the answer to be right; nothing, if it is right without.
+    None if it is wrong."""
     if not 0 < len(predicted) <= LONGEST:
+        return None
+    a = normalise(predicted)
+    b = normalise(gold)
+    if a and same_text(a, b):
+        return []
+
+    # A choice or a time is compared with its like only.
+    known_choice = choice(b)
+    if known_choice and (choice(a) or known_choice.is_sure):
+        return [] if same_choice(choice(a), known_choice) else None
+    are_ratios = ratio(a) and ratio(b) and NO_TIME.search(b)  # 4:10 for 2:5
+    if not are_ratios and (time_of_day(a) or time_of_day(b)):
+        return [] if same_time(time_of_day(a), time_of_day(b)) else None
+
+    questions: list[Question] = []
+    for value, known_value in values_to_compare(statement(a), statement(b)):
+        question = compare_values(value, known_value)
+        if question is False:
+            return None
+        if question is not True:
+            questions.append(question)
+    return questions
+
+
+def is_number(text: str) -> bool:
+    """Whether an answer is a plain number, which is compared without math-verify."""
+    return number(normalise(text)) is not None
+
+
+def same_text(a: str, b: str) -> bool:
+    """Equal but for spaces that part nothing; of words, also but for capital letters."""
+    if has_words(b):
+        a = a.casefold()
+        b = b.casefold()
+    return NEEDLESS_SPACE.sub("", a) == NEEDLESS_SPACE.sub("", b)
+
+
+def values_to_compare(mine: Statement, known: Statement) -> list[tuple[str, str]]:
+    """The pairs of values that all have to be equal. A name counts only where both sides have one:
+    y = 5 is not x = 5, but 5 is. Of a chain, S = 3 + 4 = 7, every part has to be right."""
+    same_name = mine.name == known.name != ""
+    both_are_equations = mine.has_equals and known.has_equals
+    if both_are_equations and not same_name:
+        return [(mine.text, known.text)]
+    values = list(mine.values)
+    if not known.name:
+        values += known.values[:-1]  # x^2 = 9 is not 9, but 4 + 5 = 9 is
+    return [(value, known.values[-1]) for value in values]
+
+
+def compare_values(a: str, b: str) -> bool | Question:
+    """Whether two values are the same, or what to ask math-verify."""
+    a, unit = without_unit(a)
+    b, known_unit = without_unit(b)
+    if unit and known_unit and unit != known_unit:
         return False
-    # 5 million is not 5.
-    if set(SCALE.findall(predicted)) - set(SCALE.findall(gold)):
-        return False
 
-    a = plain(predicted)
-    b = plain(gold)
-    are_numbers = isinstance(a, Fraction) and isinstance(b, Fraction)
-    is_about_words = isinstance(b, str) and is_word(b)
-    # Two equal texts, two numbers, or a word need no math-verify.
-    if a == b or are_numbers or is_about_words:
-        return str(a).casefold() == str(b).casefold() != ""
-    return verified(str(a), str(b))
+    digits, base = based_numeral(a)
+    known_digits, known_base = based_numeral(b)
+    if base or known_base:
+        return digits == known_digits and (base or known_base) == (known_base or "10")
+    if number(a) is not None and number(b) is not None:
+        return number(a) == number(b)
+    if ratio(a) and ratio(b):
+        return ratio(a) == ratio(b)
 
-
-class Grader:
-    """A process that asks math-verify. It is started when there is none, also after a death."""
-
-    def __init__(self) -> None:
-        self.process: Popen | None = None
-        self.timeouts = 0  # answers over which a process died
-
-    def start(self) -> None:
-        """Starts a process, unless one runs."""
-        if self.process is not None and self.process.poll() is None:
-            return
-        self.process = Popen(
-            [sys.executable, __file__],
-            stdin=PIPE,
-            stdout=PIPE,
-            stderr=DEVNULL,
-            text=True,
-            start_new_session=True,  # where Ctrl-C does not reach it
-        )
-
-    def ask(self, predicted: str, gold: str) -> bool:
-        """The process's verdict: a line of JSON there, a line with 1 or 0 back. An answer over
-        which it dies is wrong."""
-        self.start()
-        reply = ""
-        try:
-            print(json.dumps([SECONDS, gold, predicted]), file=self.process.stdin, flush=True)
-            reply = self.process.stdout.readline()
-        except OSError:  # it died between two answers
-            pass
-        finally:  # also on Ctrl-C: the next answer must not get the reply to this one
-            if not reply:
-                self.timeouts += 1
-                self.kill()
-        return reply == "1\n"
-
-    def kill(self) -> None:
-        """Ends the process and its pipes."""
-        self.process.kill()
-        self.process.communicate()
-
-
-grader = Grader()
-
-
-@functools.lru_cache(maxsize=2**16)
-def verified(predicted: str, gold: str) -> bool:
-    """The word of math-verify. Remembered, so that no answer can hang a process twice."""
-    return grader.ask(predicted, gold)
-
-
-def verdict_of_math_verify(gold: str, predicted: str, seconds: float) -> bool:
-    """Runs in the process. An error is a wrong answer; more than `seconds` is death."""
-    try:
-        from math_verify import parse, verify  # here, off the clock; without it everything is wrong
-
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        # Limits of its own are off, because they use the same alarm.
-        parsed_gold = parse(f"${gold}$", parsing_timeout=None)
-        parsed_prediction = parse(f"${predicted}$", parsing_timeout=None)
-        return verify(
-            parsed_gold,
-            parsed_prediction,
-            allow_set_relation_comp=True,
-            timeout_seconds=None,
-        )
-    except Exception:
-        return False
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-if __name__ == "__main__":
-    # Grades line after line, until its parent ends.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    for line in sys.stdin:
-        seconds, gold, predicted = json.loads(line)
-        right = verdict_of_math_verify(gold, predicted, seconds)
-        print(int(right), flush=True)
+    mine = formula(a)
+    known = formula(b)
+    if mine is not None and known is not None:
+        return mine, known
+    return has_words(b) and listed_words(a) == listed_words(b)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Sequence
 
 from tasks import Problem
-from tasks.math_grader import LONGEST, final_answer, grader, math_equal, plain, verified
+from tasks.grader_process import graders
+from tasks.math_grader import LONGEST, final_answer, is_number, math_equal, open_questions
 
 BOXED = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
 DAPO = (
@@ -174,8 +175,8 @@ class Math:
 
     @property
     def timeouts(self) -> int:
-        """Answers over which the grading process died, in this process so far."""
-        return grader.timeouts
+        """Answers whose grading was given up, in this process so far."""
+        return graders.timeouts
 
     def encode(self, problem: Problem, tokenizer) -> list[int]:
         """Token ids of the prompt, with the BOS that the tokenizer or its chat template puts
@@ -198,12 +199,25 @@ class Math:
         answer = final_answer(response, self.template) or ""
         return 1.0 if math_equal(answer, problem.answer) else -1.0
 
+    def rewards(
+        self, problems: Sequence[Problem], responses: Sequence[str], finished: Sequence[bool]
+    ) -> list[float]:
+        """The reward of each answer of a step. All that math-verify has to say is asked first, of
+        several processes side by side; what takes longer than a step may is wrong."""
+        questions = []
+        for problem, response, is_finished in zip(problems, responses, finished):
+            answer = final_answer(response, self.template) if is_finished else None
+            questions += open_questions(answer or "", problem.answer) or []
+        with graders.step():
+            graders.ask(questions)
+            return [self.reward(*answer) for answer in zip(problems, responses, finished)]
+
 
 def check_math_verify(problems: Sequence[Problem]) -> None:
     """ValueError if the known answers need math-verify and it is not there."""
-    if verified("\\frac{1}{2}", "0.5"):
+    if math_equal("\\frac{1}{2}", "0.5"):
         return
-    hard = [problem.answer for problem in problems if isinstance(plain(problem.answer), str)]
+    hard = [problem.answer for problem in problems if not is_number(problem.answer)]
     if hard:
         example = f"{len(hard)} answers, such as {hard[0]}"
         raise ValueError(f"{example}, need pip install math-verify==0.9.0")

@@ -107,6 +107,10 @@ class TwoProblems:
     def reward(problem, response, finished):
         return -1.0
 
+    @staticmethod
+    def rewards(problems, responses, finished):
+        return [-1.0] * len(responses)
+
 
 def test_english_is_sampled(tmp_path, qwen2, monkeypatch, matplotlib):
     folder, _ = text_model(qwen2, max_position_embeddings=2048)

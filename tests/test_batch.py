@@ -70,7 +70,7 @@ def test_a_number_per_response_token_gets_to_its_column_and_back():
     assert torch.equal(columns, want)
     assert torch.equal(batch.mask, want != 0)
 
-    back = batch.responses(columns, 5)
+    back = batch.unalign(columns, 5)
     for row, (_, response) in enumerate(lengths):
         assert torch.equal(back[row, :response], values[row, :response])
         assert not back[row, response:].any()

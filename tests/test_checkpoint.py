@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import load
-from plumbing.checkpoint import append_line, load_state, read_lines, save_state
+from plumbing.checkpoint import append_line, keep_lines, load_state, read_lines, save_state
 from plumbing.optimizer import make_optimizer
 from plumbing.pretrained import save
 from plumbing.settings import Settings
 from train import Trained
-from training_runs import finish, read_jsonl, start, wait_for_lines
+from training_runs import content_of, finish, read_jsonl, start, wait_for_lines
 
 FLAGS = (
     "--steps 6 --prompts 4 --samples 4 --minibatch 2 --eval-problems 4 --eval-samples 2 "
@@ -229,10 +229,6 @@ def test_a_signal_lets_the_step_be_saved_and_says_how_to_go_on(whole, number):
     assert_equal_runs(folder, run)
 
 
-def content_of(folder: Path) -> dict[Path, bytes]:
-    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
 @GRPO
 def test_a_finished_run_prints_its_table_again_and_changes_nothing(whole):
     folder, _ = whole
@@ -319,7 +315,9 @@ def test_what_is_not_finite_is_never_saved(tmp_path):
 def test_a_log_is_cut_where_the_state_ends(tmp_path):
     file = tmp_path / "log.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "rew')
-    assert read_lines(file, 2, range(1, 3)) == [{"step": 1}, {"step": 2}]
+    records = read_lines(file, 2, range(1, 3))
+    assert records == [{"step": 1}, {"step": 2}]
+    keep_lines(file, records)
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 

@@ -1,16 +1,22 @@
 """plumbing/distributed.py: two processes against one."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import load_file
 
 from model import load
-from training_runs import environment, read_jsonl
+from plumbing.lock import lock
+from training_runs import content_of, environment, read_jsonl, small_run, wait_for_lines
 
 ONE = [sys.executable]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -89,10 +95,107 @@ def test_two_processes_train_save_once_and_resume(tmp_path):
     assert lines(tmp_path / "b/log.jsonl") == log
 
 
+def sentences_of(error: str) -> list[str]:
+    """What our processes said on stderr; torchrun has a report of its own after that, in which
+    there must be no line of ours."""
+    assert 'train.py", line' not in error, error
+    assert "/plumbing/" not in error, error
+    return re.findall(r"^train\.py: .*", error, re.M)
+
+
 def test_what_two_processes_refuse(tmp_path):
     out = tmp_path / "runs"
     done = run(TWO, "train.py", "--minibatch", "1", "--out", str(out))
     assert done.returncode != 0
     sentence = "train.py: --minibatch must be a multiple of the number of processes; it is 1"
     assert sentence in done.stderr
+    assert sentences_of(done.stderr) == [sentence]
     assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("finished")
+    return small_run(out, "run", steps=1, max_new_tokens=8)[0]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("", "exists; give another --name"),
+        ("--overwrite --prompts 1000000000", "what may help: fewer --prompts"),
+        ("--overwrite --task math --data nowhere.jsonl", "nowhere.jsonl is neither a file nor"),
+        ("--nonsense 1", ""),
+    ],
+)
+def test_a_refusal_is_one_sentence_whoever_has_it(finished, flags, words):
+    """Two processes; the first alone looks for the folder, both for the data and at the flags."""
+    before = content_of(finished.parent)
+    arguments = ["--out", str(finished.parent), "--name", "run", *flags.split()]
+    done = run(TWO, "train.py", *arguments)
+    assert done.returncode != 0
+    if words:
+        [sentence] = sentences_of(done.stderr)
+        assert words in sentence
+    else:
+        assert done.stderr.count("unrecognized arguments: --nonsense 1") == 1
+    assert content_of(finished.parent) == before
+
+
+def test_two_processes_do_not_touch_a_run_that_is_alive(finished):
+    with lock(finished):
+        begun = time.time()
+        done = run(TWO, "train.py", "--resume", str(finished))
+    assert done.returncode != 0
+    [sentence] = sentences_of(done.stderr)
+    assert sentence.startswith(f"train.py: {finished} is in use by process {os.getpid()} on ")
+    # torchrun would kill the second one, if it waited for the first, after 30 seconds.
+    assert time.time() - begun < 30
+
+
+def long_run(out: Path, eval_every: int) -> subprocess.Popen:
+    """Two processes, a hundred steps."""
+    flags = ["--steps", "100", "--eval-every", str(eval_every)]
+    return subprocess.Popen(
+        [*TWO, "train.py", *FLAGS, str(out), "--name", "a", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+
+
+def children_of(process: subprocess.Popen) -> list[int]:
+    """Process ids, in the order of ranks."""
+    file = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return sorted(int(child) for child in file.read_text().split())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_two_processes_is_killed(tmp_path, rank):
+    """The other does not wait for it forever, and says where to go on."""
+    process = long_run(tmp_path, eval_every=3)
+    wait_for_lines(process, tmp_path / "a/log.jsonl", 4)  # it is in step 5
+    begun = time.time()
+    os.kill(children_of(process)[rank], signal.SIGKILL)
+    _, error = process.communicate()
+    assert process.returncode != 0
+    assert time.time() - begun < 30
+    [sentence] = sentences_of(error)
+    assert sentence.endswith(f"; go on from step 3 with: python train.py --resume {tmp_path}/a")
+
+
+def test_a_signal_to_two_processes_is_answered_once(tmp_path):
+    """And the step that it names is the one that is saved."""
+    process = long_run(tmp_path, eval_every=50)
+    wait_for_lines(process, tmp_path / "a/log.jsonl", 2)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it on
+    _, error = process.communicate()
+    step = len(read_jsonl(tmp_path / "a/log.jsonl"))
+    assert sentences_of(error) == [
+        f"train.py: stopped; go on from step {step} with: python train.py --resume {tmp_path}/a"
+    ]
+    assert error.count("finishing this step and saving") == 1
+    with safetensors.safe_open(tmp_path / "a/state.safetensors", "pt") as state:
+        assert state.metadata() == {"step": str(step)}

@@ -217,6 +217,9 @@ class FakeTask:
         right = finished and response.startswith("1")
         return 1.0 if right else -1.0
 
+    def rewards(self, problems, responses, finished):
+        return [self.reward(*answer) for answer in zip(problems, responses, finished)]
+
 
 def test_counting_in_several_blocks(monkeypatch):
     monkeypatch.setattr(module, "SEQUENCES", 8)  # two problems a block

@@ -1,22 +1,18 @@
 """tasks/math_grader.py against verdicts written by hand: where the final answer is, which answers
-are equal. Real questions against themselves and each other, with their numbers read by Decimal.
-Hostile text. The process that asks math-verify."""
+are equal (test_grading_pairs.py has many more). Real questions against themselves and each other,
+with their numbers read by Decimal. Hostile text."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
 
-from questions import ROOT, SHARED, needs_math_verify, write
-from tasks import Problem, math_grader
-from tasks.math_grader import LONGEST, final_answer, grader, math_equal, verified
+from questions import SHARED, needs_math_verify, write
+from tasks import Problem, grader_process
+from tasks.grader_process import graders
+from tasks.math_grader import LONGEST, final_answer, math_equal
 from tasks.mathematics import TEMPLATES, Math
 
 HANGS = "9^{9^{9^{9}}}"  # math-verify does not come back from it
@@ -28,7 +24,14 @@ PLACES = [  # response, dapo, qwen-math and chat, none
     ("Answer: 1\nno\nAnswer: 2 \nthanks", "2", None, "2"),
     ("answer : 7", "7", None, "7"),
     ("Answer: 1 Answer: 2", "2", None, "2"),
-    ("Answer:\n5", None, None, None),
+    ("Answer:\n5", "5", None, "5"),
+    ("Answer:\n\n$$\n5\n$$\n", "5", None, "5"),
+    ("Answer: 1\nAnswer:\n", None, None, None),
+    ("**Answer**: 5", "5", None, "5"),
+    ("**Final Answer:** 5", "** 5", None, "** 5"),
+    ("Answer：5", "5", None, "5"),
+    ("ANSWER: 5", "5", None, "5"),
+    ("Nonanswer: 3", None, None, None),
     ("the answer is 5", None, None, None),
     ("\\boxed{3} then\nAnswer: 4", "4", "3", "4"),
     ("Answer: 4, so \\boxed{3}", "4, so \\boxed{3}", "3", "3"),
@@ -41,7 +44,20 @@ PLACES = [  # response, dapo, qwen-math and chat, none
     ("\\boxed{[0, 1\\}}", None, "[0, 1\\}", "[0, 1\\}"),
     ("} \\boxed{6} {", None, "6", "6"),
     ("\\boxed{}", None, None, None),
-    ("\\boxed 5", None, None, None),
+    ("\\boxed 5", None, "5", "5"),
+    ("so $\\boxed 5$ it is", None, "5", "5"),
+    ("\\boxed5.", None, "5.", "5."),
+    ("\\boxed \\frac{1}{2}", None, "\\frac{1}{2}", "\\frac{1}{2}"),
+    ("\\boxedx 5", None, None, None),
+    ("\\fbox{5}", None, "5", "5"),
+    ("\\boxed{1} \\BOXED{2}", None, "1", "1"),
+    ("\\BOXED{\\boxed{1}} \\boxed{2}", None, "2", "2"),
+    (
+        "\\boxed{\\text{The answer is } 5}",
+        None,
+        "\\text{The answer is } 5",
+        "\\text{The answer is } 5",
+    ),
     ("", None, None, None),
 ]
 
@@ -371,182 +387,77 @@ def hostile():
         yield start + soup + "x" * LONGEST + rng.choice(["}", "", "}}"])
 
 
-@needs_math_verify
-def test_10_000_hostile_responses(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(math_grader, "SECONDS", 0.5)
-    path = write(tmp_path, "t.jsonl", [{"problem": "2?", "answer": "3\\sqrt{2}"}])
-    tasks = [Math("", path, template) for template in TEMPLATES]
-    problem = tasks[0].test[0]
-    died = grader.timeouts
+def graded(template, problem, responses, tmp_path):
+    """The rewards of a step with these responses, and the seconds that they took."""
+    task = Math("", write(tmp_path, "t.jsonl", [vars(problem)]), template)
     started = time.perf_counter()
-    for i, response in zip(range(10_000), hostile()):
-        assert tasks[i % 4].reward(problem, response, True) == -1.0, response[:100]
-    took = time.perf_counter() - started
+    rewards = task.rewards([task.test[0]] * len(responses), responses, [True] * len(responses))
+    return rewards, time.perf_counter() - started
 
-    # Some of it did reach the process and hung there, and the next answer is graded.
-    assert grader.timeouts > died
-    monkeypatch.undo()
+
+@needs_math_verify
+def test_10_000_hostile_responses_are_wrong_and_take_less_than_a_step_may(tmp_path, capsys):
+    problem = Problem("2?", "3\\sqrt{2}")
+    responses = [response for _, response in zip(range(10_000), hostile())]
+    died = graders.timeouts
+    seconds = 0.0
+    for i, template in enumerate(TEMPLATES):
+        some = responses[i :: len(TEMPLATES)]
+        rewards, took = graded(template, problem, some, tmp_path)
+        assert rewards == [-1.0] * len(some)
+        seconds += took
+    assert seconds < grader_process.STEP_SECONDS
+
+    # The next answer is graded.
     assert math_equal("\\sqrt{18}", "3\\sqrt{2}")
     with capsys.disabled():
-        killed = grader.timeouts - died
-        print(f"\n10,000 hostile responses: {took:.1f} s, {killed} processes killed")
-
-
-# ------------------------------------------------------------------------------ the process
-
-
-@pytest.fixture
-def nothing_remembered():
-    """So that the process is really asked."""
-    verified.cache_clear()
+        killed = graders.timeouts - died
+        print(f"\n10,000 hostile responses: {seconds:.1f} s, {killed} given up")
 
 
 @needs_math_verify
-def test_a_timeout_is_death_and_counted_and_the_next_answer_is_graded(
-    nothing_remembered, monkeypatch
-):
-    assert math_equal("\\frac{10}{4}", "2\\frac12")
-    first = grader.process
-    died = grader.timeouts
-    monkeypatch.setattr(math_grader, "SECONDS", 0.5)
-    assert not math_equal(HANGS, "7\\sqrt2")
-    assert grader.timeouts == died + 1
-    assert first.returncode == -signal.SIGALRM
-    assert not math_equal(HANGS, "7\\sqrt2")
-    assert grader.timeouts == died + 1  # remembered
+def test_some_hostile_responses_hang_and_are_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(grader_process, "SECONDS", 0.5)
+    graders.verdicts.clear()
+    died = graders.timeouts
+    responses = [f"Answer: {bad}" for bad in SHORT]
+    rewards, _ = graded("dapo", Problem("2?", "3\\sqrt{2}"), responses, tmp_path)
+    assert rewards == [-1.0] * len(SHORT)
+    assert graders.timeouts > died
 
+
+@needs_math_verify
+def test_answers_that_hang_take_no_longer_than_a_step_may(tmp_path, monkeypatch):
+    monkeypatch.setattr(grader_process, "SECONDS", 0.5)
+    monkeypatch.setattr(grader_process, "STEP_SECONDS", 8.0)
+    graders.verdicts.clear()
+    died = graders.timeouts
+    different = [f"Answer: {n}+{HANGS}" for n in range(500)]
+    right = "Answer: \\sqrt{18}"
+    rewards, took = graded("dapo", Problem("2?", "3\\sqrt{2}"), [right, *different], tmp_path)
+    assert rewards == [1.0] + [-1.0] * 500
+    assert graders.timeouts == died + 500  # each once, whether it was asked or not
+    assert 4.0 < took < 12.0
+
+    # What was not reached is not remembered as wrong.
+    assert len(graders.verdicts) < 200
+    assert not graders.given_up
     monkeypatch.undo()
-    assert math_equal("\\sqrt{98}", "7\\sqrt2")
-    assert not math_equal("\\sqrt{99}", "7\\sqrt2")
-    assert grader.process.pid != first.pid
-    assert grader.timeouts == died + 1
+    assert math_equal("\\sqrt{18}+1", "3\\sqrt{2}+1")
 
 
-@needs_math_verify
-def test_the_process_outlives_an_alarm_that_was_cleared(nothing_remembered, monkeypatch):
-    assert math_equal("\\sqrt{18}", "3\\sqrt2")  # starts it, if need be
-    monkeypatch.setattr(math_grader, "SECONDS", 2.0)
-    assert math_equal("\\sqrt{8}", "2\\sqrt2")
-    pid = grader.process.pid
-    time.sleep(2.5)
-    assert math_equal("\\sqrt{12}", "2\\sqrt3")
-    assert grader.process.pid == pid
-
-
-@needs_math_verify
-def test_a_killed_process_is_replaced(nothing_remembered):
-    assert math_equal("\\sqrt{8}", "2\\sqrt2")
-    os.kill(grader.process.pid, signal.SIGKILL)
-    grader.process.wait()
-    assert math_equal("\\sqrt{12}", "2\\sqrt3")
-
-
-@needs_math_verify
-def test_a_grader_that_dies_between_two_answers_is_replaced(monkeypatch):
-    assert math_equal("\\frac{2}{7}", "2/7")
-    dead = grader.process
-    dead.kill()
-    dead.wait()
-    with monkeypatch.context() as patch:
-        # As if it had been asked a moment before.
-        patch.setattr(dead, "poll", lambda: None)
-        assert not math_equal("\\frac{3}{8}+x", "x+y")
-    assert math_equal("x+\\frac{1}{2}", "\\frac12+x")
-    assert grader.process is not dead
-
-
-@pytest.fixture
-def ctrl_c():
-    """ctrl_c(seconds): a KeyboardInterrupt after these."""
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@needs_math_verify
-def test_ctrl_c_while_an_answer_is_graded_leaves_no_reply_behind(nothing_remembered, ctrl_c):
-    assert math_equal("\\sqrt{8}", "2\\sqrt2")
-    ctrl_c(0.3)
-    with pytest.raises(KeyboardInterrupt):
-        math_equal(HANGS, "5\\sqrt2")
-    assert math_equal("\\sqrt{50}", "5\\sqrt2")
-    assert not math_equal("\\sqrt{51}", "5\\sqrt2")
-
-
-PARENT = r"""
-import os, sys
-from tasks.math_grader import grader, math_equal
-
-assert math_equal("\\sqrt{8}", "2\\sqrt2")
-pid = grader.process.pid
-assert os.getsid(pid) == pid != os.getsid(0)
-print(pid, flush=True)
-sys.stdin.read()
-"""
-
-
-def has_ended(pid):
-    try:
-        os.kill(pid, 0)  # raises if it does not run
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0]
-    except (ProcessLookupError, FileNotFoundError):
-        return True
-    return state == "Z"  # dead; its new parent has not looked yet
-
-
-@needs_math_verify
-def test_the_process_has_a_session_of_its_own_and_ends_with_its_parent():
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+def test_the_rewards_of_a_step_are_those_of_its_answers(tmp_path):
+    path = write(
+        tmp_path, "t.jsonl", [{"problem": "a?", "answer": "5"}, {"problem": "b?", "answer": "6"}]
     )
-    pid = int(parent.stdout.readline())
-    os.kill(pid, 0)  # raises if it does not run
-    parent.kill()
-    parent.communicate()
-    for _ in range(600):
-        if has_ended(pid):
-            return
-        time.sleep(0.05)
-    pytest.fail("the grading process lives on")
-
-
-@pytest.fixture
-def without_math_verify(tmp_path, monkeypatch):
-    """A new process that really fails to import it: a module of that name which raises stands
-    before it on the path."""
-    (tmp_path / "math_verify.py").write_text("raise ImportError('no')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(grader, "process", None)
-    verified.cache_clear()
-    yield
-    grader.kill()
-    verified.cache_clear()
-
-
-def test_without_math_verify(without_math_verify, tmp_path, capsys):
-    # Numbers are graded without it, all else is wrong, and a line says so.
-    rows = [{"problem": "a?", "answer": "1,000"}, {"problem": "b?", "answer": 0.5}]
-    task = Math("", write(tmp_path, "n.jsonl", rows), "dapo")
-    second_line = capsys.readouterr().out.splitlines()[1]
-    assert "count as wrong without pip install math-verify==0.9.0" in second_line
-    problem = next(problem for problem in task.test if problem.prompt == "b?")
-    rewards = {"0.50": 1.0, "1/2": 1.0, "\\frac12": -1.0, "\\frac13": -1.0}
-    for answer, reward in rewards.items():
-        assert task.reward(problem, f"Answer: {answer}", True) == reward
-    assert grader.process.poll() is None  # one process says no to all, none is started again
-
-    # Known answers that are no numbers need it.
-    rows = [{"problem": "a?", "answer": 1}, {"problem": "b?", "answer": "\\frac{1}{2}"}]
-    mixed = write(tmp_path, "m.jsonl", rows)
-    for data, test_data in ((mixed, ""), ("", mixed)):
-        message = "1 answers, such as .frac.1..2., need pip install math-verify"
-        with pytest.raises(ValueError, match=message):
-            Math(data, test_data, "dapo")
+    task = Math("", path, "dapo")
+    problems = [problem for problem in task.test for _ in range(4)]
+    responses = ["Answer: 5", "Answer: 6", "6", "Answer: x = 5"] * 2
+    finished = [True, True, True, False] * 2
+    rewards = task.rewards(problems, responses, finished)
+    answers = list(zip(problems, responses, finished))
+    assert rewards == [task.reward(*answer) for answer in answers]
+    expected = [
+        1.0 if done and text == f"Answer: {p.answer}" else -1.0 for p, text, done in answers
+    ]
+    assert rewards == expected

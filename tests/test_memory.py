@@ -1,15 +1,19 @@
 """plumbing/memory.py: the planner against sums by hand, from the published shapes of Qwen2.5, and
-against the tensors that a forward pass kept."""
+against the tensors that a forward pass kept; and what is said when memory is short all the same."""
 
 import dataclasses
+import math
 import os
+import sys
 
 import pytest
 import torch
 
 from model import Transformer, count_parameters
-from plumbing.memory import plan
+from plumbing import memory
+from plumbing.memory import limit_of_container, out_of_memory, plan
 from plumbing.settings import PRESETS, Settings
+from training_runs import content_of, finish, refusal, start
 
 QWEN_7B = dict(
     model_type="qwen2",
@@ -65,6 +69,7 @@ def planned(config: dict, free: float = 1e15, **changes) -> dict[str, float]:
     s = Settings(**PRESETS["paper-grpo"] | changes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "sysconf", machine.get)
+        patch.setattr(memory, "limit_of_container", lambda: math.inf)
         return table_of(config, s, LENGTH, ROWS)
 
 
@@ -167,3 +172,87 @@ def test_planned_activations_are_those_that_a_forward_pass_keeps(mode, recompute
     if recompute:
         want += activations_of_a_layer(s)  # made again later, in the backward pass
     assert activations(s) == pytest.approx(want, rel=0.12)
+
+
+def test_the_answers_of_a_rollout_by_hand():
+    """4096 answers of 8192 tokens, after prompts of 1024: 8 bytes a token of both; and of a response
+    4 for the log-probability and 4 for the entropy, then 17 padded. 1.1 GB in all."""
+    s = Settings(**PRESETS["paper-grpo"])
+    needed = 4096 * (9216 * 8 + 8192 * 25 + 2000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "free_bytes", lambda device: needed + 1000)
+        memory.check_host(s, LENGTH, CPU, on_device=1000)
+        memory.check_host(s, LENGTH, torch.device("cuda"), on_device=1e12)  # there, not here
+        sentence = "4096 answers of up to 9216 tokens with their prompts take 1.15 GB"
+        with pytest.raises(ValueError, match=sentence):
+            memory.check_host(s, LENGTH, CPU, on_device=1001)
+
+
+def test_a_billion_prompts_are_refused_before_anything_is_made(tmp_path):
+    out = tmp_path / "runs"
+    sentence = refusal("--prompts", "1000000000", "--out", str(out))
+    assert "what may help: fewer --prompts or --samples" in sentence
+    assert not out.exists()
+
+
+def test_a_container_may_have_less_than_the_machine(tmp_path, monkeypatch):
+    file = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "CONTAINER", file)
+    assert limit_of_container() == math.inf
+    file.write_text("max\n")
+    assert limit_of_container() == math.inf
+    file.write_text("2000000000\n")
+    assert limit_of_container() == 2e9
+    assert memory.free_bytes(CPU) <= 2e9
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+    ],
+)
+def test_memory_errors_are_a_sentence(error, monkeypatch):
+    assert out_of_memory(error, "less") == "out of memory; less"
+    assert "fewer --slots" in out_of_memory(error)
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 70 * 10**9)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 75 * 10**9)
+    assert out_of_memory(error, "less") == (
+        "out of memory, with 70 GB allocated and 75 GB reserved on the GPU; less"
+    )
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="shapes"):
+        out_of_memory(RuntimeError("shapes do not fit"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_a_machine_with_too_little_memory_is_told_so_in_a_sentence(tmp_path):
+    """400 MB, where the cache of 4096 sequences takes 1 GB. Nothing of the run is lost."""
+    flags = (
+        "400 train.py --steps 1 --prompts 512 --samples 8 --minibatch 512 --eval-problems 2 "
+        "--eval-samples 1 --final-samples 1 --slots 4096 --name run --out"
+    ).split()
+    process = start(*flags, str(tmp_path), script="tests/with_little_memory.py")
+    code, sentence = finish(process)
+    assert code == 1
+    assert sentence.startswith("train.py: out of memory; what may help: fewer --slots")
+    run = tmp_path / "run"
+    assert sentence.endswith(f"; go on from step 0 with: python train.py --resume {run}")
+    assert {file.name for file in content_of(tmp_path)} == {"config.json", "validation.jsonl"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_an_evaluation_with_too_little_memory():
+    flags = "300 evaluate.py base --problems 200 --samples 64 --slots 12000 --k 1".split()
+    code, sentence = finish(start(*flags, script="tests/with_little_memory.py"))
+    assert code == 1
+    assert sentence.startswith("evaluate.py: out of memory; what may help: fewer --slots")

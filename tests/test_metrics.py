@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from plumbing.metrics import critic_metrics, policy_metrics, step_times
+from model import load
+from plumbing.metrics import count_unknown, critic_metrics, policy_metrics, step_times
 from rollout import Episode
 
 
@@ -125,3 +126,18 @@ def test_step_times_are_medians():
         "median seconds of a step: rollout 2.00, reward 0.50, update 8.00 "
         "(of it 1.25 scoring, forward)"
     )
+
+
+def test_tokens_that_the_tokenizer_does_not_know_are_counted():
+    """They vanish from the text, so that `12` and `1?2` would be graded alike."""
+    _, tokenizer = load("base")
+    known = tokenizer.encode("7 * 8 = 56")
+    unknown = len(tokenizer) + 3
+    responses = [known, [known[0], unknown, unknown, known[1]], [unknown]]
+    episodes = [
+        Episode(torch.zeros(1), torch.tensor(response), None, None, True, 0)
+        for response in responses
+    ]
+    assert count_unknown(episodes, tokenizer) == 3
+    assert count_unknown(episodes[:1], tokenizer) == 0
+    assert tokenizer.decode(responses[1]) == tokenizer.decode(known[:2])

@@ -4,14 +4,18 @@ that gets a signal says where it stands."""
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import time
 
 import pytest
 
+from plumbing.pretrained import find_folder
 from plumbing.run import open_run, settings_of_run
-from plumbing.settings import Settings
+from plumbing.settings import Settings, parse_flags, run_name
+from plumbing.stop import Stop
 from training_runs import (
+    ROOT,
     SMALL,
     finish,
     run_command,
@@ -150,3 +154,67 @@ def test_a_second_signal_stops_at_once(tmp_path):
         f"train.py: stopped; go on from step 0 with: python train.py --resume {tmp_path}/run"
     )
     assert not (tmp_path / "run/log.jsonl").exists()
+
+
+def move_on(run, steps: int) -> None:
+    """The run is to have more steps."""
+    change_settings(run, {"steps": steps})
+
+
+def test_a_run_goes_on_from_any_folder(tmp_path, qwen2):
+    """--model, --data, --test-data and --out were said in another one, without their full paths."""
+    rows = [{"problem": f"1 + {i} = ?", "answer": str(i + 1)} for i in range(9)]
+    here = tmp_path / "here"
+    elsewhere = tmp_path / "elsewhere"
+    for folder in (here, elsewhere):
+        folder.mkdir()
+    qwen2(name="here/model")
+    for name in ("train.jsonl", "test.jsonl"):
+        (here / name).write_text("".join(json.dumps(row) + "\n" for row in rows[: len(name)]))
+        rows = rows[5:]
+    flags = (
+        "--task math --model model --data ./train.jsonl --test-data test.jsonl --template none "
+        "--steps 1 --prompts 2 --samples 2 --minibatch 2 --max-new-tokens 4 --eval-problems 1 "
+        "--eval-samples 1 --final-samples 1 --slots 4 --out runs"
+    ).split()
+    script = str(ROOT / "train.py")
+    code, error = finish(start(*flags, script=script, cwd=here))
+    assert code == 0, error
+    [run] = (here / "runs").iterdir()
+    assert run.name == run_name(parse_flags(Settings, "train", flags))  # of what was typed
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["model"] == str(here / "model")
+    assert saved["data"] == str(here / "train.jsonl")
+    assert saved["test_data"] == str(here / "test.jsonl")
+
+    move_on(run, 2)
+    resume = ["--resume", f"../here/runs/{run.name}"]
+    code, error = finish(start(*resume, script=script, cwd=elsewhere))
+    assert code == 0, error
+    assert len((run / "log.jsonl").read_text().splitlines()) == 2
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_base_is_the_embedded_model_wherever_one_is(tmp_path, monkeypatch):
+    """Also where there is another folder of that name, when a run is resumed there."""
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_folder("base") == ROOT / "base"
+    run = open_run(Settings(out="runs"), "run")
+    assert settings_of_run(str(run)).model == "base"
+
+
+def test_hub_ids_are_stored_as_they_are(tmp_path):
+    s = Settings(out=str(tmp_path), model="Qwen/Qwen3-8B", task="math", data="owner/name")
+    saved = settings_of_run(str(open_run(s, "run")))
+    assert (saved.model, saved.data, saved.test_data) == ("Qwen/Qwen3-8B", "owner/name", "")
+
+
+def test_how_to_go_on_is_a_command_of_a_shell(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["/my code/train.py"])
+    ending = Stop()
+    assert ending.how_to_resume() == ""
+    ending.run = tmp_path / "it's a run"
+    ending.saved = 3
+    command = ending.how_to_resume().removeprefix("; go on from step 3 with: ")
+    assert shlex.split(command) == ["python", "/my code/train.py", "--resume", str(ending.run)]

@@ -9,7 +9,7 @@ import pytest
 import train
 from plumbing.settings import Settings, check, parse_flags, run_name
 from tasks.countdown import Countdown
-from training_runs import run_command
+from training_runs import refusal, run_command
 
 
 def test_run_names_tell_every_setting_that_differs():
@@ -51,6 +51,15 @@ BAD_FLAGS = {
     "--device nonsense": "cannot be used here",
     "--grad-clip inf": "--grad-clip must be a finite number; it is inf",
     "--max-new-tokens 0": "--max-new-tokens",
+    "--name " + "x" * 240: "--name must have less than 240 bytes; it has 240",
+    "--name " + "é" * 120: "--name must have less than 240 bytes; it has 240",
+    "--name .hidden": "--name must not begin with a dot",
+    "--name \udcff": "--name cannot be written in this locale's encoding, utf-8; it is '\\udcff'",
+    "--data \udcff": "--data cannot be written in this locale's encoding",
+    "--model ./\udcff": "--model cannot be written in this locale's encoding",
+    "--samples 1000000000": "what may help: fewer --prompts or --samples",
+    "--eval-samples 1000000000": "what may help: fewer --prompts or --samples",
+    "--final-samples 1000000000": "what may help: fewer --prompts or --samples",
 }
 
 
@@ -62,6 +71,20 @@ def test_bad_flags_give_one_clear_sentence(monkeypatch, tmp_path, flags, sentenc
     assert message.startswith("train.py: ")
     assert sentence in message
     assert "\n" not in message
+    assert not out.exists()
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize(
+    "variables, encoding", [(ASCII, "ascii"), ({"PYTHONIOENCODING": "ascii"}, "ascii")]
+)
+def test_a_name_that_the_locale_cannot_write(tmp_path, variables, encoding):
+    """As a file's name, or on the screen."""
+    out = tmp_path / "runs"
+    sentence = refusal("--name", "é", "--out", str(out), variables=variables)
+    assert f"--name cannot be written in this locale's encoding, {encoding}; it is '" in sentence
     assert not out.exists()
 
 

@@ -3,13 +3,18 @@ measures of a run. Held against lists written by hand, and against arithmetic on
 
 import hashlib
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-import lab.study
+import lab.children
 from lab.arms import ARMS, CORE, FRESH, GRPO, GRPO_ENTROPY, MAP, OTHERS, PPO, key
 from lab.behaviour import Behaviour
 from lab.study import Settings, Watch, measure, study
@@ -110,13 +115,11 @@ def commands_of(monkeypatch):
     def run_study(s):
         commands = []
 
-        def note(command, **options):
-            assert options["env"]["OMP_NUM_THREADS"] == "1"
-            assert options["check"]
-            commands.append(" ".join(command[1:]))
+        def note(self, *command):
+            commands.append(" ".join(command))
 
-        monkeypatch.setattr(lab.study.subprocess, "run", note)
-        study(s)
+        monkeypatch.setattr(lab.children.Children, "run", note)
+        assert study(s) == []
         return commands
 
     return run_study
@@ -203,11 +206,10 @@ def test_a_study_goes_on_with_what_was_begun(begun, commands_of):
     assert resumed == [f"train.py --resume {begun}/runs/grpo-1"]
 
 
-def test_a_run_with_other_settings_is_not_gone_on_with(begun, commands_of):
+def test_a_run_with_other_settings_is_not_gone_on_with(begun):
     write_config(begun / "runs" / "grpo-1", "--lr", "1e-3")
-    named = "grpo-1 is not a run of GRPO: its settings are others; move it away"
-    with pytest.raises(ValueError, match=named):
-        commands_of(settings_in(begun, seeds=2, arms="grpo"))
+    [failure] = study(settings_in(begun, seeds=2, arms="grpo"))
+    assert "grpo-1 is not a run of GRPO: its settings are others; move it away" in failure
 
 
 @pytest.mark.parametrize(
@@ -239,19 +241,77 @@ def test_the_map_stays_on_validation(tmp_path, commands_of):
         assert "/map/" in line
 
 
-def test_a_failed_run_stops_the_study(tmp_path, monkeypatch):
+def test_a_diverging_arm_is_told_and_does_not_stop_the_others(tmp_path, monkeypatch):
     started = []
 
-    def fail(command, **options):
+    def fail_with_ppo(self, *command):
         started.append(command)
-        if len(started) > 1:
-            time.sleep(0.5)  # the others take their time
-        raise lab.study.subprocess.CalledProcessError(1, command, stderr="train.py: no")
+        if "ppo" in command:
+            raise ChildProcessError("train.py failed: the loss is nan")
 
-    monkeypatch.setattr(lab.study.subprocess, "run", fail)
-    with pytest.raises(lab.study.subprocess.CalledProcessError):
-        study(settings_in(tmp_path, seeds=10))
-    assert len(started) <= 6  # of 63
+    monkeypatch.setattr(lab.children.Children, "run", fail_with_ppo)
+    failures = study(settings_in(tmp_path, seeds=1, other_seeds=1))
+    assert failures == ["train.py failed: the loss is nan"] * 2  # PPO without and with
+    trained = [command for command in started if command[0] == "train.py"]
+    assert len(trained) == len(CORE) + len(OTHERS) + len(FRESH)
+
+
+def test_a_child_has_one_thread_and_its_last_line_is_told():
+    with pytest.raises(ChildProcessError, match="failed: threads 1$"):
+        lab.children.Children().run(
+            "-c", "import os, sys; sys.exit('no\\nthreads ' + os.environ['OMP_NUM_THREADS'])"
+        )
+
+
+def command_of_a_study(folder, *flags):
+    """A study of one long run, in a process of its own."""
+    where = ["--runs", str(folder / "runs"), "--results", str(folder / "results")]
+    return subprocess.Popen(
+        [sys.executable, "-m", "lab.study", "--arms", "grpo", "--seeds", "1", *where, *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def processes_about(folder):
+    """Ids of the processes whose command names the folder."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = file.read_bytes().decode(errors="replace")
+        except OSError:  # it has ended meanwhile
+            continue
+        if str(folder) in command:
+            found.append(int(file.parent.name))
+    return found
+
+
+def wait_for(condition):
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    pytest.fail("it did not happen within a minute")
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
+def test_a_second_study_is_refused_and_sigterm_ends_the_first_with_its_runs(tmp_path):
+    first = command_of_a_study(tmp_path)
+    wait_for(lambda: (tmp_path / "runs/grpo-0/config.json").exists())
+
+    second = command_of_a_study(tmp_path)
+    _, told = second.communicate()
+    assert second.returncode == 1
+    assert "is in use by process" in told
+    assert "Traceback" not in told
+
+    first.send_signal(signal.SIGTERM)
+    _, told = first.communicate()
+    assert first.returncode == 1
+    assert "lab.study: stopped; the same command goes on" in told
+    assert processes_about(tmp_path) == []
 
 
 def test_more_seeds_than_ten_are_refused(capsys):

@@ -78,13 +78,15 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def start(*arguments: str, script: str = "train.py", **options) -> subprocess.Popen:
+def start(
+    *arguments: str, script: str = "train.py", variables: dict[str, str] | None = None, **options
+) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, script, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(),
+        env=environment() | (variables or {}),
         **options,
     )
 
@@ -93,8 +95,22 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
     """-> (exit code, the last line of what it said of an error)."""
     error = process.communicate()[1]
     assert "Traceback" not in error, error
+    assert "Exception ignored" not in error, error
     said = error.strip().splitlines()
     return process.returncode, said[-1] if said else ""
+
+
+def refusal(*arguments: str, **options) -> str:
+    """The one sentence with which train.py, in a process of its own, refuses to start."""
+    process = start(*arguments, **options)
+    code, sentence = finish(process)
+    assert code == 1, sentence
+    assert sentence.startswith("train.py: ")
+    return sentence
+
+
+def content_of(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def wait_for_lines(process: subprocess.Popen, file: Path, count: int = 1) -> None:

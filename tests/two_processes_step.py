@@ -45,7 +45,7 @@ def whitened_advantage(model, episodes: list[Episode], reward: Tensor, weight: T
 def main() -> None:
     folder = sys.argv[1]
     factor = float(sys.argv[2])
-    rank, world = join(torch.device("cpu"))
+    rank, world = join()
     mine = slice(rank * EPISODES // world, (rank + 1) * EPISODES // world)
 
     # The same random numbers in every process.
