@@ -33,25 +33,22 @@ Predictions, from the theorem of docs/derivation.md (M(p, H) = 1 + (psi+ - psi-)
     6. Without clip-higher it narrows more: Pass@256 is lower than GRPO's.
 """
 
-import concurrent.futures
 import gzip
 import hashlib
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
-
 from evaluate import count_solved, pass_table
 from lab.arms import Arm, key
-from lab.study import run_python
+from lab.children import Children, end_with_the_study, side_by_side
 from lab.tables import gains, over_problems, over_seeds, table
 from model import load
 from plumbing.checkpoint import atomic_write
+from plumbing.lock import lock
 from plumbing.settings import Settings as TrainSettings
 from plumbing.settings import flag, parse_flags
 from rollout import Episode, Sampler
@@ -85,38 +82,33 @@ class Settings:
     tables: bool = flag(False, "only print the tables from the saved counts")
 
 
-def study(s: Settings) -> None:
-    """Trains and measures what has no counts yet: all arms of a seed before the next seed."""
+def study(s: Settings) -> list[str]:
+    """Trains and measures what has no counts yet, all arms of a seed before the next seed -> a
+    sentence for each run that failed."""
     jobs = [(BASE, 0)] + [(arm, seed) for seed in SEEDS for arm in TRAINED]
     left = [(arm, seed) for arm, seed in jobs if not counts_file(s, arm, seed).exists()]
-    with concurrent.futures.ThreadPoolExecutor(s.processes) as pool:
-        futures = [pool.submit(work, arm, seed, s) for arm, seed in left]
-        try:
-            finished = concurrent.futures.as_completed(futures)
-            for future in tqdm(finished, total=len(futures), desc="narrow", unit="run"):
-                future.result()
-        except BaseException:  # Ctrl-C or a failed run: start none of the others
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    return side_by_side(
+        lambda job, children: work(*job, s, children), left, s.processes, label="narrow"
+    )
 
 
 def counts_file(s: Settings, arm: Arm, seed: int) -> Path:
     return Path(s.results, f"{key(arm.name, seed)}.json.gz")
 
 
-def work(arm: Arm, seed: int, s: Settings) -> None:
+def work(arm: Arm, seed: int, s: Settings, children: Children) -> None:
     """Trains one run, or goes on with it, and measures it."""
     model = "base"
     if arm is not BASE:
         model = f"{s.runs}/{key(arm.name, seed)}"
         program = ["-m", "lab.difficulty"] if arm is DIFFICULTY else ["train.py"]
         if Path(model).exists():
-            run_python(*program, "--resume", model)
+            children.run(*program, "--resume", model)
         else:
             flags = f"{SETTING} {VALIDATION} {arm.flags} --seed {seed}".split()
-            run_python(*program, "--out", s.runs, "--name", Path(model).name, *flags)
+            children.run(*program, "--out", s.runs, "--name", Path(model).name, *flags)
     arguments = (model, str(counts_file(s, arm, seed)))
-    run_python("-c", f"from lab.narrow import measure; measure{arguments}")
+    children.run("-c", f"from lab.narrow import measure; measure{arguments}")
 
 
 def measure(folder: str, counts: str) -> None:
@@ -220,14 +212,23 @@ def by_difficulty(base: np.ndarray) -> dict[str, np.ndarray]:
     return {"hard third": hard, "middle third": middle, "easy third": easy}
 
 
+def run_and_print(s: Settings) -> None:
+    """ChildProcessError, after the tables, if a run failed."""
+    failures = []
+    if not s.tables:
+        with lock(Path(s.results)):
+            failures = study(s)
+    print(tables(s))
+    if failures:
+        raise ChildProcessError("; ".join(failures))
+
+
 if __name__ == "__main__":
+    end_with_the_study()
     settings = parse_flags(Settings, __doc__)
     try:
-        if not settings.tables:
-            study(settings)
-        print(tables(settings))
-    except subprocess.CalledProcessError as error:
-        last_line = error.stderr.strip().split("\n")[-1]
-        sys.exit(f"lab.narrow: {' '.join(error.cmd[1:])} failed: {last_line}")
+        run_and_print(settings)
     except (ValueError, OSError) as error:
         sys.exit(f"lab.narrow: {error}")
+    except KeyboardInterrupt:
+        sys.exit("lab.narrow: stopped; the same command goes on")

@@ -232,7 +232,7 @@ NORMALISATIONS = (
     Row(
         r"(?<![\d.,/^_])[1-9]\d{0,2}(?: +\d{3})+(?! *\d)", without_separators, "12 345.5", "12345.5"
     ),
-    Row(r"(?<![\d.,/^_])(\d+) +(\d+) */ *(\d+)(?![\d.])", mixed_number, "1 3/4", r"1\frac{3}{4}"),
+    Row(r"(?<![\d.,/])(\d+) +(\d+) */ *(\d+)(?![\d.])", mixed_number, "1 3/4", r"1\frac{3}{4}"),
     Row(
         r"(\d+)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))(?!\d)",
         repeating_decimal,

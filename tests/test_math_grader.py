@@ -336,6 +336,7 @@ LONG = [
     "}" * MEGABYTE,
     "9" * MEGABYTE,
     "\\boxed{" * (MEGABYTE // 7),
+    "\\boxed" * (MEGABYTE // 6),
     "Answer:" * (MEGABYTE // 7),
     "\\" * MEGABYTE,
     "\\boxed" + "{" * 100_000 + "}" * 100_000,

@@ -1,0 +1,60 @@
+"""lab/narrow.py and lab/difficulty.py: the weight by hand, the arms beside their flags, the thirds by
+sorting, and the tables of lab/NARROW.md made again from the saved counts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lab.arms import key
+from lab.difficulty import weighted_group_advantage
+from lab.narrow import DIFFICULTY, SETTING, TRAINED, Settings, by_difficulty, tables
+from plumbing.settings import Settings as TrainSettings
+from plumbing.settings import check, parse_flags
+
+PAGE = Path("lab/NARROW.md").read_text()
+
+
+def test_the_difficulty_weight_by_hand():
+    """kappa = 2: 1.25 where a quarter is right, 0.75 where three quarters are, 1 at one half."""
+    reward = torch.tensor([1, -1, -1, -1, 1, 1, 1, -1, 1, 1, -1, -1, 1, 1, 1, 1]).float()
+    group = torch.arange(4).repeat_interleave(4)
+    want = [1.5, -0.5, -0.5, -0.5, 0.5, 0.5, 0.5, -1.5, *[0.75**0.5] * 2, *[-(0.75**0.5)] * 2]
+    weights = [1.25] * 4 + [0.75] * 4 + [1.0] * 4
+    expected = [a * weight for a, weight in zip(want, weights)] + [0.0] * 4
+    got = weighted_group_advantage(reward, group)
+    assert got.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_every_arm_is_what_its_name_says():
+    changed = {
+        "GRPO": dict(alpha=0.0),
+        "entropy advantage": dict(),
+        "full strength": dict(alpha=10.0),
+        "difficulty weight alone": dict(alpha=0.0),
+        "entropy regularisation": dict(alpha=0.0, entropy_coef=0.003),
+        "without clip-higher": dict(alpha=0.0, clip_high=0.2),
+    }
+    setting = dict(task="countdown-easy", max_new_tokens=24, steps=200)
+    assert [arm.name for arm in TRAINED] == list(changed)
+    assert DIFFICULTY in TRAINED
+    for arm in TRAINED:
+        s = parse_flags(TrainSettings, "train", f"{SETTING} {arm.flags}".split())
+        check(s)
+        assert s == TrainSettings(**setting, **changed[arm.name])
+        assert arm.against == ("" if arm.name == "GRPO" else "GRPO")
+
+
+def test_thirds_hold_every_problem_once_in_order_of_difficulty():
+    base = np.array([[0.5, 1], [0.1, 1], [0.9, 1], [0.2, 1], [0.7, 1], [0.3, 1]])
+    thirds = by_difficulty(base)
+    assert [sorted(third.tolist()) for third in thirds.values()] == [[1, 3], [0, 5], [2, 4]]
+
+
+def test_the_tables_of_the_page_are_made_again_from_the_saved_counts():
+    assert tables(Settings()) in PAGE
+
+
+def test_counts_have_names_that_do_not_collide():
+    assert len({key(arm.name, 0) for arm in TRAINED}) == len(TRAINED)
