@@ -42,10 +42,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from evaluate import count_solved, pass_table
 from lab.arms import Arm, key
 from lab.children import Children, end_with_the_study, side_by_side
-from lab.tables import gains, over_problems, over_seeds, table
+from lab.tables import gains, over_problems, over_seeds, read_all, table
 from model import load
 from plumbing.checkpoint import atomic_write
 from plumbing.lock import lock
@@ -150,16 +151,6 @@ def measure(folder: str, counts: str) -> None:
         fresh.write_bytes(gzip.compress(json.dumps(record).encode(), mtime=0))
 
 
-def read(s: Settings, arm: Arm) -> dict[int, dict]:
-    """The saved counts of an arm, by seed."""
-    records = {}
-    for seed in SEEDS:
-        file = counts_file(s, arm, seed)
-        if file.exists():
-            records[seed] = json.loads(gzip.decompress(file.read_bytes()))
-    return records
-
-
 def passes(records: dict[int, dict]) -> dict[int, np.ndarray]:
     """Pass@K of every problem, [problems, K], by seed."""
     return {seed: pass_table(r["solved"], r["samples"], KS) for seed, r in records.items()}
@@ -167,8 +158,7 @@ def passes(records: dict[int, dict]) -> dict[int, np.ndarray]:
 
 def tables(s: Settings) -> str:
     """Levels, differences, and the differences by thirds of the problems. Markdown."""
-    records = {arm.name: read(s, arm) for arm in [BASE, *TRAINED]}
-    records = {name: found for name, found in records.items() if found}
+    records = read_all(Path(s.results), [BASE, *TRAINED])
     rate = {name: passes(found) for name, found in records.items()}
     titles = [f"Pass@{k}" for k in KS]
 
