@@ -1,6 +1,7 @@
 """lab/narrow.py and lab/difficulty.py: the weight by hand, the arms beside their flags, the thirds by
 sorting, and the tables of lab/NARROW.md made again from the saved counts."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 
 from lab.arms import key
 from lab.difficulty import weighted_group_advantage
-from lab.narrow import DIFFICULTY, SETTING, TRAINED, Settings, by_difficulty, tables
+from lab.narrow import DIFFICULTY, SETTING, TRAINED, Settings, by_difficulty, passes, tables
+from lab.tables import read_all
+from plumbing.settings import PRESETS, check, parse_flags
 from plumbing.settings import Settings as TrainSettings
-from plumbing.settings import check, parse_flags
 
 PAGE = Path("lab/NARROW.md").read_text()
 
@@ -46,6 +48,13 @@ def test_every_arm_is_what_its_name_says():
         assert arm.against == ("" if arm.name == "GRPO" else "GRPO")
 
 
+def test_the_setting_has_a_name():
+    frozen = parse_flags(TrainSettings, "train", SETTING.split())
+    named = parse_flags(TrainSettings, "train", ["--preset", "narrow"], PRESETS)
+    named.preset = ""
+    assert named == frozen
+
+
 def test_thirds_hold_every_problem_once_in_order_of_difficulty():
     base = np.array([[0.5, 1], [0.1, 1], [0.9, 1], [0.2, 1], [0.7, 1], [0.3, 1]])
     thirds = by_difficulty(base)
@@ -54,6 +63,48 @@ def test_thirds_hold_every_problem_once_in_order_of_difficulty():
 
 def test_the_tables_of_the_page_are_made_again_from_the_saved_counts():
     assert tables(Settings()) in PAGE
+
+
+def test_every_figure_of_the_verdicts_is_one_of_the_tables():
+    """The gains of single seeds, which no table has, are differences of Pass@256."""
+    text, _, _ = PAGE.partition("\n| mean over seeds (how many)")
+    _, _, verdicts = text.partition("## The outcome")
+    figures = re.findall(r"[-+]?\d\.\d{3}(?: \[[^]]*\])?", verdicts)
+    records = read_all(Path("lab/results/narrow"), TRAINED)
+    ours, plain = passes(records["entropy advantage"]), passes(records["GRPO"])
+    gains = [f"{(ours[seed] - plain[seed])[:, -1].mean():+.3f}" for seed in ours]
+    known = tables(Settings()) + " ".join(gains)
+    assert len(figures) == 26
+    assert [figure for figure in figures if figure not in known] == []
+
+
+IN_README = {
+    "base": "base",
+    "GRPO": "GRPO",
+    "entropy advantage": "entropy advantage, α = 0.4",
+    "full strength": "entropy advantage at full strength, α = 10",
+    "difficulty weight alone": "a weight by difficulty alone, without any entropy",
+    "entropy regularisation": "entropy regularisation instead",
+}
+
+
+def test_the_rows_of_the_readme_are_those_of_the_tables():
+    """Cut to Pass@1, Pass@256 and the gain in the second."""
+    levels, differences, _ = tables(Settings()).split("\n\n")
+    rows = {row[0].split(" (")[0]: row for row in map(cells_of, levels.splitlines())}
+    gains = {row[0].split(" − ")[0]: row for row in map(cells_of, differences.splitlines()[:-1])}
+    readme = Path("README.md").read_text()
+    for arm, name in IN_README.items():
+        single, many = (rows[arm][column].split(" [")[0] for column in (1, 5))
+        gain = ""
+        if arm in gains:
+            gain = gains[arm][5].replace("[", "(").replace("]", ")").replace(", ", " to ")
+            gain = f" {gain}".replace("-", "−")
+        assert f"| {name} | {single} | {many} |{gain} |" in readme
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_counts_have_names_that_do_not_collide():
