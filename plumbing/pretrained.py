@@ -10,11 +10,14 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from plumbing.checkpoint import atomic_write, read_json
 
 EMBEDDED = "base"  # the model that ships with the code
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # of weights in several files: tensor -> file
 SUPPORTED = ("qwen2", "qwen3", "llama")
 NEEDED = (
     "vocab_size",
@@ -96,7 +99,7 @@ def find_folder(path_or_hub_id: str) -> Path:
 def download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    wanted = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=wanted))
     except Exception as error:  # offline, unknown, gated: each its own type
@@ -134,10 +137,10 @@ def open_pretrained(path_or_hub_id: str) -> Pretrained:
 
 
 def read_weights(folder: Path, places: dict[str, Tensor]) -> None:
-    """Copies every weight of the folder's safetensors files to its place, by name; no second copy of
-    the model is made. ValueError if a file or a tensor is not as config.json promises."""
+    """Copies every weight of the folder to its place, by name; no second copy of the model is made.
+    ValueError if a file or a tensor is not as config.json promises."""
     waiting = dict(places)
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         try:
             with safetensors.safe_open(file, "pt") as saved:
                 for name in saved.keys():
@@ -147,13 +150,33 @@ def read_weights(folder: Path, places: dict[str, Tensor]) -> None:
     if waiting:
         raise ValueError(
             f"{folder} lacks {len(waiting)} tensors, {min(waiting)} among them; "
-            "only safetensors are read"
+            f"only safetensors are read, {WEIGHTS} or what {INDEX} names"
         )
+    if "lm_head.weight" not in places:
+        check_tied(folder, places["embed_tokens.weight"])
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or without it what the index names: transformers' rule. Whatever else is
+    there, such as an adapter or a second copy in another layout, is not the model. ValueError."""
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).exists():
+        return []
+    file_of = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(file_of, dict) or not file_of:
+        raise ValueError(f"{folder / INDEX} has no weight_map")
+    names = {str(name) for name in file_of.values()}
+    files = [folder / name for name in sorted(names)]
+    for file in files:
+        if not file.exists():
+            raise ValueError(f"{folder} lacks {file.name}, which {INDEX} names")
+    return files
 
 
 def copy_weight(file: Path, name: str, new: Tensor, waiting: dict[str, Tensor]) -> None:
     place = waiting.pop(name.removeprefix("model."), None)
-    # Some tied checkpoints store the head too, old ones RoPE's frequencies.
+    # Some tied checkpoints store the head too (check_tied), old ones RoPE's frequencies.
     superfluous = name.endswith(("lm_head.weight", "rotary_emb.inv_freq"))
     if place is None and superfluous:
         return
@@ -166,20 +189,39 @@ def copy_weight(file: Path, name: str, new: Tensor, waiting: dict[str, Tensor]) 
     place.copy_(new)
 
 
+def check_tied(folder: Path, embedding: Tensor) -> None:
+    """ValueError if config.json says that the head is the embedding, and the folder has another
+    head. embedding [V, width], as it was read."""
+    for file in weight_files(folder):
+        with safetensors.safe_open(file, "pt") as saved:
+            if "lm_head.weight" not in saved.keys():
+                continue
+            head = saved.get_tensor("lm_head.weight").to(embedding)  # its device and type
+        if not torch.equal(head, embedding):
+            raise ValueError(
+                f"{file} has a head that is not the embedding, as config.json says by "
+                '"tie_word_embeddings": true; is it false?'
+            )
+
+
 def end_tokens(pretrained: Pretrained) -> tuple[int, ...]:
-    """Ids that end a response: generation_config.json knows best, then config.json, then the
-    tokenizer."""
-    stated = None
+    """Ids that end a response: all that generation_config.json names, and the tokenizer's. (In some
+    chat models the one lacks what ends a turn, in some the other.) config.json is asked if neither
+    names one. ValueError if none does."""
     generation = pretrained.folder / "generation_config.json"
-    if generation.exists():
-        stated = read_json(generation).get("eos_token_id")
-    if stated is None:
-        stated = pretrained.config.get("eos_token_id")
-    if stated is None:
-        stated = pretrained.tokenizer.eos_token_id
-    if stated is None:
+    stated = read_json(generation).get("eos_token_id") if generation.exists() else None
+    ids = [*as_list(stated), *as_list(pretrained.tokenizer.eos_token_id)]
+    if not ids:
+        ids = as_list(pretrained.config.get("eos_token_id"))
+    if not ids:
         raise ValueError(f"{pretrained.folder} names no end-of-sequence token")
-    return tuple(stated) if isinstance(stated, list) else (stated,)
+    return tuple(dict.fromkeys(ids))  # each once, in their order
+
+
+def as_list(ids: int | list[int] | None) -> list[int]:
+    if ids is None:
+        return []
+    return ids if isinstance(ids, list) else [ids]
 
 
 def save(model, tokenizer, directory: str | Path) -> None:

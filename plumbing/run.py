@@ -31,7 +31,7 @@ from plumbing.folder import (
 )
 from plumbing.lock import lock, remove_empty, workplace
 from plumbing.pretrained import EMBEDDED
-from plumbing.settings import Settings, check_text, run_name
+from plumbing.settings import ADDED_LATER, Settings, check_text, run_name
 from plumbing.stop import stop
 
 # What a resumed run reads of its old lines, besides the step.
@@ -77,8 +77,10 @@ def claim(s: Settings, rank: int) -> Iterator[Settings]:
     several, for the first and those that were started with it). Gives the settings, which a run
     that is resumed has in its folder.
 
+    A finished run goes on if s.steps, which may come with s.resume, is more than it has.
+
     BlockingIOError if another process has it; FileExistsError, FileNotFoundError and ValueError as
-    from open_run and settings_of_run."""
+    from open_run, settings_of_run and with_steps."""
     run = folder_of(s)
     with ExitStack() as until_the_end:
         if rank == 0:
@@ -90,10 +92,13 @@ def claim(s: Settings, rank: int) -> Iterator[Settings]:
         gather(None)  # nobody reads before the first process has the lock
 
         if s.resume is not None:
-            s = settings_of_run(s.resume)
+            saved = settings_of_run(s.resume)
+            s = with_steps(saved, s.steps)
         gather(None)  # nor does it change anything while others read
         if rank == 0 and s.resume is not None:
             remove_leftovers(run)
+            if s != saved:
+                store_longer(run, s)
         yield s
 
 
@@ -232,6 +237,9 @@ def to_be_stored(s: Settings) -> dict:
         value = settings[name]
         if value not in ("", EMBEDDED) and Path(value).exists():
             settings[name] = str(Path(value).resolve())
+    task_file, colon, class_name = settings["task"].rpartition(":")
+    if colon:
+        settings["task"] = f"{Path(task_file).resolve()}:{class_name}"
     return settings
 
 
@@ -266,10 +274,36 @@ def check_replaceable(run: Path) -> None:
 
 
 def no_other_flag(arguments: Sequence[str]) -> None:
-    """ValueError if other flags come with --resume."""
+    """ValueError if flags besides --steps come with --resume."""
     for argument in arguments:
-        if argument.startswith("--") and argument.split("=")[0] != "--resume":
-            raise ValueError("--resume takes all settings from the run; no other flag goes with it")
+        flag = argument.split("=")[0]
+        if flag.startswith("--") and flag not in ("--resume", "--steps"):
+            raise ValueError(
+                "--resume takes all settings from the run; no other flag goes with it, but for a "
+                "larger --steps"
+            )
+
+
+def with_steps(saved: Settings, steps: int | None) -> Settings:
+    """The settings of a run, which is to have this many steps (None: as many as it has).
+    ValueError for fewer."""
+    if steps is None:
+        return saved
+    if steps < saved.steps:
+        raise ValueError(
+            f"--steps must be at least {saved.steps} here, those of the run {saved.resume}; "
+            f"it is {steps}"
+        )
+    return dataclasses.replace(saved, steps=steps)
+
+
+def store_longer(run: Path, s: Settings) -> None:
+    """Settings with more steps in place of the run's own. The final table is no longer its last
+    file, and goes first: killed in between, the run makes it again."""
+    remove(run / "validation.json")
+    config = read_json(run / "config.json") | {"steps": s.steps}
+    with atomic_write(run / "config.json") as fresh:
+        fresh.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def settings_of_run(folder: str, arguments: Sequence[str] = ()) -> Settings:
@@ -279,7 +313,7 @@ def settings_of_run(folder: str, arguments: Sequence[str] = ()) -> Settings:
     file = Path(folder, "config.json")
     if not folder or not file.exists():
         raise no_run(folder)
-    config = read_json(file)
+    config = ADDED_LATER | read_json(file)
     known = {field.name for field in dataclasses.fields(Settings)}
     differ = sorted(set(config) ^ known)
     if differ:

@@ -5,8 +5,11 @@ Not called math.py: the grader's process is started in this folder, and would im
 Python's own module.
 """
 
+import csv
+import datetime
 import hashlib
 import json
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Sequence
@@ -22,6 +25,8 @@ DAPO = (
     "{problem}\n\n"
     'Remember to put your answer on its own line after "Answer:".'
 )
+QUESTION_COLUMNS = ("problem", "question", "prompt")
+ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer")
 TEMPLATES = {"qwen-math": BOXED, "chat": BOXED, "none": "{problem}", "dapo": DAPO}
 
 
@@ -33,10 +38,13 @@ def read_rows(data: str, split: str) -> Sequence:
 
     file = Path(data)
     if file.suffix == ".jsonl":
-        return file.read_bytes().rstrip().split(b"\n")
+        return file.read_bytes().split(b"\n")
     if file.suffix == ".json":
         rows = json.loads(file.read_bytes())
         return rows["data"] if isinstance(rows, dict) else rows
+    if file.suffix == ".csv":
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            return [without_empty_cells(row) for row in csv.DictReader(lines, strict=True)]
 
     from datasets import load_dataset  # here, because the other kinds do without it
 
@@ -50,27 +58,38 @@ def read_rows(data: str, split: str) -> Sequence:
     return splits[split]
 
 
+def without_empty_cells(row: dict) -> dict:
+    """A row of a csv file, where every cell is text and what is not known is an empty one."""
+    return {column: cell for column, cell in row.items() if cell}
+
+
 def read_problem(row: dict | bytes) -> Problem:
     """The question and its known answer. ValueError if one is missing; a malformed row raises all
     kinds of errors."""
     if isinstance(row, bytes):
         row = json.loads(row)
+    # Some data sets write Problem and Answer.
+    row = {column.strip().lower(): value for column, value in row.items() if value is not None}
     question = question_of(row)
     answer = answer_of(row)
     if not question:
-        raise ValueError("no question")
+        raise ValueError("no question, its text is empty")
     if not 0 < len(answer) <= LONGEST:
         raise ValueError(f"no answer of 1 to {LONGEST} characters")
     return Problem(question, answer)
 
 
+def missing(what: str, wanted: Sequence[str], row: dict) -> ValueError:
+    found = ", ".join(row) or "none"
+    return ValueError(f"no {what}; wanted is a column {' or '.join(wanted)}, found: {found}")
+
+
 def question_of(row: dict) -> str:
-    """The question without the template that may stand around it, or an empty text."""
-    text = ""
-    for key in ("problem", "question", "prompt"):
-        if row.get(key) is not None:
-            text = row[key]
-            break
+    """The question without the template that may stand around it. ValueError without a column."""
+    given = [row[column] for column in QUESTION_COLUMNS if column in row]
+    if not given:
+        raise missing("question", QUESTION_COLUMNS, row)
+    text = given[0]
     if isinstance(text, list):
         text = last_words_of_the_user(text)
     before, after = DAPO.split("{problem}")
@@ -86,15 +105,19 @@ def last_words_of_the_user(chat: list[dict]) -> str:
 
 
 def answer_of(row: dict) -> str:
-    """The known answer: what follows `####` (GSM8K), what the last box holds, or the whole text. An
-    empty text without one."""
-    reward_model = row.get("reward_model") or {}
-    candidates = [reward_model.get("ground_truth"), row.get("answer"), row.get("solution")]
-    given = [candidate for candidate in candidates if candidate is not None]
-    if not given:
-        return ""
+    """The known answer: what follows `####` (GSM8K), what the last box holds, or the whole text; of
+    a solution an empty text if it has neither. ValueError without a column."""
+    in_reward_model = row.get("reward_model", {}).get("ground_truth")
+    given = [row[column] for column in ANSWER_COLUMNS if column in row]
+    if in_reward_model is not None:
+        given.insert(0, in_reward_model)
+    is_a_solution = not given
+    if is_a_solution and "solution" not in row:
+        raise missing("answer", (*ANSWER_COLUMNS, "solution", "reward_model"), row)
 
-    text = given[0]
+    text = row["solution"] if is_a_solution else given[0]
+    if isinstance(text, list) and len(text) == 1:  # as OlympiadBench has it
+        text = text[0]
     if not isinstance(text, str):
         text = str(Fraction(str(text)))  # 27.0 is written as 27
     if "####" in text:
@@ -102,9 +125,7 @@ def answer_of(row: dict) -> str:
     boxed = final_answer(text, "chat")
     if boxed is not None:
         return boxed
-
     # An answer may be bare, a solution may not.
-    is_a_solution = candidates[:2] == [None, None]
     return "" if is_a_solution else text.strip()
 
 
@@ -112,7 +133,7 @@ def load_problems(data: str, split: str) -> tuple[dict[str, Problem], int]:
     """The problems of a file or a hub data set by the hash of their text, and how many copies were
     left out. FileNotFoundError, and ValueError for whatever else is wrong with the data."""
     file = Path(data)
-    has_file_name = file.suffix in (".jsonl", ".json", ".parquet")
+    has_file_name = file.suffix in (".jsonl", ".json", ".csv", ".parquet")
     may_be_hub_id = data.count("/") == 1 and not has_file_name
     if data and not file.exists() and not may_be_hub_id:
         raise FileNotFoundError(
@@ -120,19 +141,27 @@ def load_problems(data: str, split: str) -> tuple[dict[str, Problem], int]:
         )
 
     problems: dict[str, Problem] = {}
+    copies = 0
     row_name = "line" if file.suffix == ".jsonl" else "row"
     place = ""
     try:
         rows = read_rows(data, split)
         for i, row in enumerate(rows, start=1):
             place = f", {row_name} {i}"
+            is_blank = isinstance(row, bytes) and not row.strip()
+            if is_blank:
+                continue
             problem = read_problem(row)
             words = " ".join(problem.prompt.split())
             key = hashlib.sha256(words.encode()).hexdigest()
-            problems.setdefault(key, problem)  # the first of several copies counts
+            if key in problems:  # the first of several copies counts
+                copies += 1
+            problems.setdefault(key, problem)
     except Exception as error:  # libraries raise all kinds; a reader needs where and why
         raise ValueError(f"{data}{place}: {reason(error)}") from None
-    return problems, len(rows) - len(problems)
+    if data and not problems:
+        raise ValueError(f"{data}: no problems")
+    return problems, copies
 
 
 def reason(error: Exception) -> str:
@@ -150,7 +179,7 @@ class Math:
     at least 1, for `validation`. Problems that are in the test data are taken out of the training
     data."""
 
-    def __init__(self, data: str, test_data: str, template: str) -> None:
+    def __init__(self, data: str, test_data: str, template: str, date: str = "") -> None:
         train, train_copies = load_problems(data, "train")
         test, test_copies = load_problems(test_data, "test")
 
@@ -160,6 +189,7 @@ class Math:
         train_keys = sorted(set(keys) - set(validation_keys))
 
         self.template = template
+        self.today = read_date(date)
         self.train = [train[key] for key in train_keys]
         self.validation = [train[key] for key in validation_keys]
         self.test = [test[key] for key in sorted(test)]
@@ -188,7 +218,10 @@ class Math:
             raise ValueError("--template chat needs a tokenizer with a chat template")
         conversation = [{"role": "user", "content": text}]
         return tokenizer.apply_chat_template(
-            conversation, add_generation_prompt=True, return_dict=False
+            conversation,
+            chat_template=on_day(tokenizer.get_chat_template(), self.today),
+            add_generation_prompt=True,
+            return_dict=False,
         )
 
     def reward(self, problem: Problem, response: str, finished: bool) -> float:
@@ -211,6 +244,24 @@ class Math:
         with graders.step():
             graders.ask(questions)
             return [self.reward(*answer) for answer in zip(problems, responses, finished)]
+
+
+def read_date(date: str) -> datetime.date:
+    """2026-11-26, or an empty text for today. ValueError."""
+    try:
+        return datetime.date.fromisoformat(date) if date else datetime.date.today()
+    except ValueError:
+        raise ValueError(f"--date must be a day such as 2026-11-26; it is {date!r}") from None
+
+
+def on_day(chat_template: str, day: datetime.date) -> str:
+    """The template as it is on that day: some chat models are told today's date, and a resumed run
+    must have the prompts that it began with."""
+
+    def tell(call: re.Match) -> str:
+        return repr(day.strftime(call["format"]))
+
+    return re.sub(r"""strftime_now\(\s*(["'])(?P<format>.*?)\1\s*\)""", tell, chat_template)
 
 
 def check_math_verify(problems: Sequence[Problem]) -> None:

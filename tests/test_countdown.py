@@ -269,7 +269,8 @@ def test_easy_and_hard_problems_are_those_with_many_and_few_solutions():
 
 
 def test_what_load_task_refuses():
-    known = "countdown, countdown-easy, countdown-hard, which bring their problems, and math"
+    names = "countdown, countdown-easy, countdown-hard, which bring their problems"
+    known = f"{names}, math, and FILE:CLASS"
     with pytest.raises(ValueError, match=f"^unknown task 'chess'; the tasks are {known}$"):
         load_task("chess")
     for arguments in ({"data": "a.jsonl"}, {"test_data": "a.jsonl"}):

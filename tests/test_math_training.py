@@ -164,6 +164,31 @@ def test_two_steps_on_gsm8k(
     assert record["models"][str(folder)]["samples"] == 2
 
 
+def test_a_resumed_run_has_the_prompts_that_it_began_with(qwen2, questions, tmp_path, monkeypatch):
+    """A chat template with today's date in it, and a run that goes on on another day."""
+    file, rows = questions
+    folder = checkpoint(qwen2, rows, max_position_embeddings=2048)
+    form = "{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}"
+    (folder / "chat_template.jinja").write_text(form)
+    prompts = []
+    real = Math.encode
+
+    def encode(self, problem, tokenizer):
+        ids = real(self, problem, tokenizer)
+        prompts.append(tokenizer.decode(ids))
+        return ids
+
+    monkeypatch.setattr(Math, "encode", encode)
+    settings = dict(out=str(tmp_path), model=str(folder), data=file, template="chat")
+    s = Settings(**settings, **TWO_STEPS, date="2024-02-29")
+    run = train.train(s)
+    before = len(prompts)
+    assert before > 8
+    train.train(Settings(resume=str(run), steps=3))
+    assert len(prompts) > before
+    assert all(prompt.startswith("2024-02-29 ") for prompt in prompts)
+
+
 def test_long_prompts_are_left_out_and_counted(qwen2, questions, tmp_path, capsys):
     file, rows = questions
     folder = checkpoint(qwen2, rows, max_position_embeddings=2048)
@@ -221,7 +246,7 @@ PAPER_PPO = {
 
 def test_the_presets_are_the_papers_numbers():
     expected = {"paper-grpo": PAPER | PAPER_GRPO, "paper-ppo": PAPER | PAPER_PPO}
-    assert set(expected) == set(PRESETS)
+    assert set(expected) | {"narrow"} == set(PRESETS)  # tests/test_narrow.py has the other
     for name, numbers in expected.items():
         flags = ["--preset", name, "--model", "a/b", "--slots", "7"]
         s = parse_flags(Settings, "train", flags, PRESETS)

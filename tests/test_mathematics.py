@@ -63,6 +63,10 @@ ROWS = [  # row, question, gold
     ({"problem": "h?", "answer": "so \\boxed{0.5}", "solution": "#### 9"}, "h?", "0.5"),
     ({"problem": "i?", "answer": 0.15}, "i?", "3/20"),
     ({"problem": "j?", "answer": "  p - q "}, "j?", "p - q"),
+    ({"ID": 1, "Problem": "k?", "Answer": 33, "Solution": "\\boxed{1}"}, "k?", "33"),
+    ({"problem": "l?", "expected_answer": "2/3", "solution": "\\boxed{1}"}, "l?", "2/3"),
+    ({"question": "m?", "final_answer": ["$x$"], "solution": ["long"]}, "m?", "$x$"),
+    ({"problem": "n?", "expected_answer": "1", "answer": "2"}, "n?", "2"),
 ]
 
 
@@ -90,9 +94,66 @@ def test_jsonl_and_json(tmp_path, capsys):
         assert pairs(Math("", str(path), "dapo").test) == expected_of(ROWS)
 
     out = capsys.readouterr().out
-    counts = "0 training, 0 validation and 10 test problems; left out: 1 duplicates, 0 training"
+    counts = "0 training, 0 validation and 14 test problems; left out: 1 duplicates, 0 training"
     assert counts in out
     assert out.count("\n") == 3
+
+
+def test_blank_lines_are_no_rows_and_are_counted_as_lines(tmp_path, capsys):
+    rows = ["", {"problem": "a?", "answer": 1}, "  ", "\r", {"problem": "b?", "answer": 2}, "", ""]
+    task = Math("", write(tmp_path, "a.jsonl", rows), "dapo")
+    assert pairs(task.test) == {("a?", "1"), ("b?", "2")}
+    assert "2 test problems; left out: 0 duplicates" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="b.jsonl, line 5: no answer"):
+        Math("", write(tmp_path, "b.jsonl", [*rows[:4], {"problem": "b?"}]), "dapo")
+
+
+def test_csv(tmp_path):
+    """As a spreadsheet writes it: a mark at the start, quotes, cells of several lines, empty ones."""
+    path = tmp_path / "a.csv"
+    path.write_text(
+        "Problem,Answer,Solution\n"
+        '"What is ""1, 2""\nadded?",3,\n'
+        "\n"
+        "b?,,so \\boxed{4}\n"
+        "ü?,27.50,long\n",
+        encoding="utf-8-sig",
+    )
+    expected = {('What is "1, 2"\nadded?', "3"), ("b?", "4"), ("ü?", "27.50")}
+    assert pairs(Math("", str(path), "dapo").test) == expected
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("problem,answer\na?,1\nb?,\n", "row 2: no answer; wanted is a column answer or"),
+        ("problem,answer\na?,1,2\n", "row 1: .*malformed row"),
+        ("problem,answer\na?\n", "row 1: no answer"),
+        ("problem,answer\n", "bad.csv: no problems"),
+        ('problem,answer\n"a?,1\n', "bad.csv: unexpected end of data"),
+    ],
+)
+def test_a_bad_csv_file(tmp_path, text, sentence):
+    (tmp_path / "bad.csv").write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        Math("", str(tmp_path / "bad.csv"), "dapo")
+
+
+def test_columns_found_and_wanted_are_named(tmp_path):
+    path = write(tmp_path, "a.jsonl", [{"Query": "a?", "label": 1}])
+    with pytest.raises(ValueError) as error:
+        Math("", path, "dapo")
+    assert str(error.value) == (
+        f"{path}, line 1: no question; wanted is a column problem or question or prompt, "
+        "found: query, label"
+    )
+    path = write(tmp_path, "b.jsonl", [{"question": "a?", "label": 1, "answer": None}])
+    with pytest.raises(ValueError) as error:
+        Math("", path, "dapo")
+    assert str(error.value) == (
+        f"{path}, line 1: no answer; wanted is a column answer or final_answer or expected_answer "
+        "or solution or reward_model, found: question, label"
+    )
 
 
 def test_parquet(tmp_path, monkeypatch):
@@ -262,6 +323,9 @@ class Echo:
 
     chat_template = "x"
 
+    def get_chat_template(self):
+        return self.chat_template
+
     def encode(self, text):
         return text
 
@@ -273,7 +337,7 @@ def test_templates_word_for_word(tmp_path):
     question = "What is {problem} in \\boxed{x}?"
     path = write(tmp_path, "t.jsonl", [{"problem": question, "answer": 1}])
     boxed = question + "\nPlease reason step by step, and put your final answer within \\boxed{}."
-    chat_options = {"add_generation_prompt": True, "return_dict": False}
+    chat_options = {"chat_template": "x", "add_generation_prompt": True, "return_dict": False}
     expected = {
         "dapo": DAPO.replace("{}", "@").replace("@", question),
         "qwen-math": boxed,
@@ -308,3 +372,49 @@ def test_one_bos_and_the_chat_template(tmp_path):
     assert ids[-1] == 8
     with pytest.raises(ValueError, match="needs a tokenizer with a chat template"):
         task.encode(task.test[0], llama_tokenizer())
+
+
+def test_a_chat_template_tells_the_day_that_the_task_has(tmp_path, monkeypatch):
+    """Against what transformers renders on that day, when its clock says so."""
+    from transformers.utils import chat_template_utils
+
+    form = (
+        "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}"
+        '{{ day }} is {{ strftime_now( "%A" ) }}{% else %}no clock{% endif %}'
+        "{% for m in messages %}: {{ m.content }}{% endfor %}"
+    )
+    path = write(tmp_path, "t.jsonl", [{"problem": "What ?", "answer": 1}])
+
+    class Clock(chat_template_utils.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2024, 2, 29)
+
+    class Tokenizer(Echo):
+        """Gives back the text of the prompt."""
+
+        chat_template = form
+
+        def apply_chat_template(self, conversation, chat_template, **options):
+            [text], _ = chat_template_utils.render_jinja_template(
+                [conversation], chat_template=chat_template
+            )
+            return text
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    task = Math("", path, "chat", date="2024-02-29")
+    text = task.encode(task.test[0], Tokenizer())
+    conversation = [{"role": "user", "content": TEMPLATES["chat"].replace("{problem}", "What ?")}]
+    [expected], _ = chat_template_utils.render_jinja_template([conversation], chat_template=form)
+    assert text == expected
+    assert text.startswith("29 Feb 2024 is Thursday: What ?")
+
+    task = Math("", path, "chat", date="2023-12-01")
+    text = task.encode(task.test[0], Tokenizer())
+    assert text.startswith("01 Dec 2023 is Friday: What ?")
+
+
+def test_a_date_that_is_none(tmp_path):
+    path = write(tmp_path, "t.jsonl", [{"problem": "What ?", "answer": 1}])
+    with pytest.raises(ValueError, match="--date must be a day such as 2026-11-26; it is 'today'"):
+        Math("", path, "chat", date="today")

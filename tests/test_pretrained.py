@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from conftest import ARCHITECTURES, LLAMA_31, distance, load_model, logits, same_weights
+from lab.pretrain import countdown_tokenizer
 from model import load
 from plumbing.pretrained import save
 
@@ -97,6 +98,48 @@ def test_sharded_checkpoints_load_alike(qwen2, tmp_path):
     assert same_weights(one, many)
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_stray_weight_files_are_not_the_model(qwen2, tmp_path, sharded):
+    """An adapter, the same weights in another layout or half a copy: transformers passes by them."""
+    folder, reference = qwen2()
+    expected, tokenizer = load(str(folder))
+    if sharded:
+        folder = tmp_path / "sharded"
+        reference.save_pretrained(folder, max_shard_size="20KB")
+        tokenizer.save_pretrained(folder)
+        assert not (folder / "model.safetensors").exists()
+
+    wrong = {name: tensor + 1 for name, tensor in reference.state_dict().items()}
+    del wrong["lm_head.weight"]
+    for name in ("consolidated", "model-00001-of-00001", "zzz"):
+        save_file(wrong, folder / f"{name}.safetensors")
+    lora = {"base_model.model.layers.0.lora_A.weight": torch.ones(2, 2)}
+    save_file(lora, folder / "adapter_model.safetensors")
+    (folder / "model-00009-of-00009.safetensors").write_text("half")
+
+    model = load_model(folder)
+    assert same_weights(model, expected)
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(theirs.get_input_embeddings().weight, model.embed_tokens.weight)
+
+
+def test_model_safetensors_goes_before_the_index(qwen2):
+    """As in transformers."""
+    folder, _ = qwen2()
+    expected = load_model(folder)
+    index = {"weight_map": {"model.norm.weight": "nowhere.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert same_weights(load_model(folder), expected)
+    AutoModelForCausalLM.from_pretrained(folder)
+
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="lacks nowhere.safetensors, which .*index.json names"):
+        load_model(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no weight_map"):
+        load_model(folder)
+
+
 def test_tensors_that_some_checkpoints_hold_besides_are_left_out(qwen2):
     """Tied checkpoints may store the head too, old ones the frequencies of RoPE."""
     folder, reference = qwen2()
@@ -114,13 +157,54 @@ def test_tensors_that_some_checkpoints_hold_besides_are_left_out(qwen2):
         assert torch.equal(parameter, want[f"model.{name}"])
 
 
-def test_generation_config_decides_the_end_tokens(qwen2):
-    """Instruction-tuned checkpoints name more end tokens there than in config.json."""
-    folder, _ = qwen2(eos=7)
-    generation = {"eos_token_id": [5, 7]}
-    (folder / "generation_config.json").write_text(json.dumps(generation))
-    model = load_model(folder)
-    assert model.eos_ids == (5, 7)
+@pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
+def test_a_stored_head_that_is_not_the_embedding_is_never_dropped(qwen2, shard_size):
+    """A checkpoint whose config.json ties what its weights do not. transformers does not tie it."""
+    folder, reference = qwen2(tie_word_embeddings=False)
+    (folder / "model.safetensors").unlink()
+    reference.save_pretrained(folder, max_shard_size=shard_size)
+    write_config(folder, read_config(folder) | {"tie_word_embeddings": True})
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(theirs.lm_head.weight, reference.lm_head.weight)
+    with pytest.raises(ValueError, match="has a head that is not the embedding"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "generation, config, tokenizer, expected",
+    [
+        ([5, 7], 3, 0, (5, 7, 0)),  # a chat model whose turns end with the tokenizer's token
+        (5, 3, 5, (5,)),
+        ([7, 0], 3, 0, (7, 0)),
+        (None, 3, 0, (0,)),
+        (4, 3, None, (4,)),
+        (None, [3, 6], None, (3, 6)),
+        (None, 0, None, (0,)),
+    ],
+)
+def test_all_end_tokens_count(qwen2, generation, config, tokenizer, expected):
+    """generation_config.json's and the tokenizer's; config.json's if neither names one."""
+    folder, _ = qwen2()
+    write_config(folder, read_config(folder) | {"eos_token_id": config})
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    file = folder / "tokenizer_config.json"
+    names = json.loads(file.read_text())
+    assert names.pop("eos_token") == "<eos>"  # whose id is 0
+    other = {0: "<eos>", 5: countdown_tokenizer().convert_ids_to_tokens(5)}
+    if tokenizer is not None:
+        names["eos_token"] = other[tokenizer]
+    file.write_text(json.dumps(names))
+    assert load_model(folder).eos_ids == expected
+
+
+def test_a_model_without_an_end_token_is_refused(qwen2):
+    folder, _ = qwen2()
+    write_config(folder, read_config(folder) | {"eos_token_id": None})
+    (folder / "generation_config.json").unlink()
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": None}))
+    with pytest.raises(ValueError, match="names no end-of-sequence token"):
+        load_model(folder)
 
 
 def test_several_end_tokens_survive_a_round_trip(qwen2, tmp_path):
@@ -227,7 +311,9 @@ def test_weights_that_cannot_be_read_are_refused(qwen2):
         load_model(folder)
     # A file of another kind is not looked at.
     weights.rename(folder / "pytorch_model.bin")
-    sentence = "lacks 26 tensors, embed.* among them; only safetensors are read"
+    sentence = (
+        "lacks 26 tensors, embed.* among them; only safetensors are read, model.safetensors or"
+    )
     with pytest.raises(ValueError, match=sentence):
         load_model(folder)
 

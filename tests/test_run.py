@@ -2,6 +2,7 @@
 that gets a signal says where it stands."""
 
 import dataclasses
+import datetime
 import json
 import os
 import shlex
@@ -10,14 +11,20 @@ import time
 
 import pytest
 
+import train
+from plumbing.checkpoint import read_json
 from plumbing.pretrained import find_folder
-from plumbing.run import open_run, settings_of_run
+from plumbing.run import claim, open_run, settings_of_run
 from plumbing.settings import Settings, parse_flags, run_name
 from plumbing.stop import Stop
 from training_runs import (
     ROOT,
     SMALL,
+    content_of,
     finish,
+    read_jsonl,
+    replace_reward,
+    reward_by_length,
     run_command,
     small_run,
     start,
@@ -103,7 +110,9 @@ def test_a_folder_without_settings_cannot_be_resumed(tmp_path):
 
 
 # Values that are their flags' defaults are refused too.
-@pytest.mark.parametrize("flags", [["--lr", "1"], ["--algo=grpo"], ["--overwrite"]])
+@pytest.mark.parametrize(
+    "flags", [["--lr", "1"], ["--algo=grpo"], ["--overwrite"], ["--steps", "9", "--seed", "0"]]
+)
 def test_no_other_flag_goes_with_resume(tmp_path, flags):
     folder = str(open_run(Settings(out=str(tmp_path)), "run"))
     with pytest.raises(ValueError, match="no other flag goes with it"):
@@ -156,9 +165,119 @@ def test_a_second_signal_stops_at_once(tmp_path):
     assert not (tmp_path / "run/log.jsonl").exists()
 
 
-def move_on(run, steps: int) -> None:
-    """The run is to have more steps."""
-    change_settings(run, {"steps": steps})
+def longer(run, steps: int, **options) -> None:
+    """`train.py --resume run --steps steps`, in a process of its own."""
+    script = str(ROOT / "train.py")
+    flags = ["--resume", str(run), "--steps", str(steps)]
+    code, error = finish(start(*flags, script=script, **options))
+    assert code == 0, error
+
+
+MEASURED = ("_s", "memory_gb")  # ends of the log's keys for times and memory
+
+
+def comparable(file) -> list[dict]:
+    """The lines of a log, but for times and memory."""
+    return [
+        {key: value for key, value in line.items() if not key.endswith(MEASURED)}
+        for line in read_jsonl(file)
+    ]
+
+
+@pytest.mark.parametrize("algo", ["grpo", "ppo"])
+def test_a_finished_run_that_goes_on_is_a_longer_run_from_the_start(tmp_path, monkeypatch, algo):
+    """Bit for bit: weights, optimizer, log and validations, but for the validation at the old end,
+    which is kept."""
+    replace_reward(monkeypatch, reward_by_length)
+    changes = {"algo": algo, "critic_warmup": 1, "eval_every": 2, "max_new_tokens": 24}
+    whole, log = small_run(tmp_path, "whole", **changes, steps=5)
+    assert len({line["reward"] for line in log}) > 1
+    run, _ = small_run(tmp_path, "run", **changes, steps=3)
+    run = train.train(Settings(resume=str(run), steps=5))
+
+    assert (run / "state.safetensors").read_bytes() == (whole / "state.safetensors").read_bytes()
+    for name in ("model.safetensors", "config.json"):
+        assert (run / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
+    assert comparable(run / "log.jsonl") == comparable(whole / "log.jsonl")
+    validations = read_jsonl(run / "validation.jsonl")
+    assert [line["step"] for line in validations] == [0, 2, 3, 4, 5]
+    assert [line for line in validations if line["step"] != 3] == read_jsonl(
+        whole / "validation.jsonl"
+    )
+    assert (run / "validation.json").read_bytes() == (whole / "validation.json").read_bytes()
+    # From now on the run has five steps.
+    settings = settings_of_run(str(run))
+    assert settings.steps == 5
+    assert train.train(settings) == run
+    assert comparable(run / "log.jsonl") == comparable(whole / "log.jsonl")
+
+
+def test_a_run_cannot_become_shorter(monkeypatch, tmp_path):
+    run = open_run(Settings(out=str(tmp_path), steps=7), "run")
+    before = content_of(run)
+    sentence = run_command(monkeypatch, "train.py", "--resume", str(run), "--steps", "6")
+    assert sentence == (
+        f"train.py: --steps must be at least 7 here, those of the run {run}; it is 6"
+    )
+    assert content_of(run) == before
+
+
+def test_a_longer_run_that_dies_at_once_is_longer_and_not_finished(tmp_path, monkeypatch):
+    """Its old final table is gone before the new number of steps is there, so nothing takes the one
+    for the other's."""
+    run, _ = small_run(tmp_path, "run")
+    assert (run / "validation.json").exists()
+    asked = Settings(resume=str(run), steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr("plumbing.run.read_json", raise_keyboard_interrupt_the_second_time())
+        with pytest.raises(KeyboardInterrupt), claim(asked, rank=0):
+            pass
+    assert settings_of_run(str(run)).steps == 2
+    assert not (run / "validation.json").exists()
+    with claim(asked, rank=0) as s:
+        assert s.steps == 4
+    assert settings_of_run(str(run)).steps == 4
+
+
+def raise_keyboard_interrupt_the_second_time():
+    calls = []
+
+    def read_once(file):
+        calls.append(file)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return read_json(file)
+
+    return read_once
+
+
+def test_the_steps_of_a_run_that_is_resumed_are_its_own(tmp_path):
+    """Also where they are not the default."""
+    run = open_run(Settings(out=str(tmp_path), steps=7), "run")
+    s = parse_flags(Settings, "train", ["--resume", str(run)])
+    with claim(s, rank=0) as s:
+        assert s.steps == 7
+    s = parse_flags(Settings, "train", ["--resume", str(run), "--steps", "100"])
+    with claim(s, rank=0) as s:
+        assert s.steps == 100
+    assert parse_flags(Settings, "train", []).steps == Settings().steps == 100
+
+
+def test_the_day_of_the_start_is_kept(tmp_path, monkeypatch):
+    """For chat templates that tell today's date; it is in no run's name."""
+
+    class Day(datetime.date):
+        @classmethod
+        def today(cls):
+            return cls(2024, 2, 29)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datetime, "date", Day)
+        s = Settings(out=str(tmp_path))
+        run = open_run(s, "run")
+    assert run_name(s) == "grpo"
+    assert settings_of_run(str(run)).date == "2024-02-29"
+    assert Settings().date != "2024-02-29"
 
 
 def test_a_run_goes_on_from_any_folder(tmp_path, qwen2):
@@ -187,10 +306,7 @@ def test_a_run_goes_on_from_any_folder(tmp_path, qwen2):
     assert saved["data"] == str(here / "train.jsonl")
     assert saved["test_data"] == str(here / "test.jsonl")
 
-    move_on(run, 2)
-    resume = ["--resume", f"../here/runs/{run.name}"]
-    code, error = finish(start(*resume, script=script, cwd=elsewhere))
-    assert code == 0, error
+    longer(f"../here/runs/{run.name}", 2, cwd=elsewhere)
     assert len((run / "log.jsonl").read_text().splitlines()) == 2
     assert list(elsewhere.iterdir()) == []
 
