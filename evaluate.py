@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Callable, Sequence
 
 import numpy as np
+import torch
 
-from model import load
-from plumbing.memory import out_of_memory
-from plumbing.pretrained import find_folder
+from model import count_parameters, load_weights
+from plumbing.memory import EVALUATION_MAY_HELP, out_of_memory, plan_evaluation
+from plumbing.pretrained import find_folder, open_pretrained
 from plumbing.seeds import seeded_generator
 from plumbing.settings import (
     EVALUATION_PRESETS,
@@ -175,6 +176,33 @@ def chosen_ks(k: str, samples: int) -> list[int]:
     return ks
 
 
+def count_of_model(
+    name: str, task, problems: Sequence[Problem], s: EvaluationSettings, device: torch.device
+) -> dict:
+    """count_solved of a model, which is loaded for it. ValueError, before that, if there is not
+    enough memory."""
+    pretrained = open_pretrained(name)
+    longest = max(len(task.encode(problem, pretrained.tokenizer)) for problem in problems)
+    length = longest + s.max_new_tokens
+    parameters = count_parameters(pretrained.config)
+    rows = min(s.slots, len(problems) * s.samples)
+    plan_evaluation(pretrained.config, parameters, s, length, rows, len(problems), device)
+
+    model = load_weights(pretrained, device, getattr(torch, s.dtype))
+    return count_solved(
+        Sampler(model, s.slots, length, model.eos_ids, graph=s.graph),
+        pretrained.tokenizer,
+        task,
+        problems,
+        samples=s.samples,
+        max_new_tokens=s.max_new_tokens,
+        temperature=s.temperature,
+        top_p=s.top_p,
+        seed=s.seed,
+        progress=name,
+    )
+
+
 def evaluate(s: EvaluationSettings) -> dict:
     """Runs the command; returns the JSON record."""
     # What can be checked cheaply is checked before the first model is sampled.
@@ -192,21 +220,7 @@ def evaluate(s: EvaluationSettings) -> dict:
 
     results = {}
     for name in dict.fromkeys(s.models):  # each once, in their order
-        model, tokenizer = load(name, device)
-        longest = max(len(task.encode(problem, tokenizer)) for problem in problems)
-        sampler = Sampler(model, s.slots, longest + s.max_new_tokens, model.eos_ids)
-        results[name] = count_solved(
-            sampler,
-            tokenizer,
-            task,
-            problems,
-            samples=s.samples,
-            max_new_tokens=s.max_new_tokens,
-            temperature=s.temperature,
-            top_p=s.top_p,
-            seed=s.seed,
-            progress=name,
-        )
+        results[name] = count_of_model(name, task, problems, s, device)
 
     table, record = report(results, ks)
     print(
@@ -228,8 +242,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("evaluate.py: stopped; nothing was written")
     except (MemoryError, RuntimeError) as error:
-        may_help = "what may help: fewer --slots, less --max-new-tokens, a smaller model"
-        sys.exit(f"evaluate.py: {out_of_memory(error, may_help)}")
+        sys.exit(f"evaluate.py: {out_of_memory(error, EVALUATION_MAY_HELP)}")
 
 
 if __name__ == "__main__":

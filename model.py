@@ -100,8 +100,19 @@ class Attention(nn.Module):
             if cache is not None:  # a prefill: every row starts at position 0
                 cache[0, :, :, :time] = k
                 cache[1, :, :, :time] = v
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            y = self.attend(q, k, v)
         return self.o_proj(y.transpose(1, 2).reshape(batch, time, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention within T. q [B, heads, T, d]; k, v [B, kv_heads, T, d] -> as q."""
+        # In float32 no fast kernel of CUDA knows grouped heads, and the slow one keeps T² scores.
+        autocast = torch.is_autocast_enabled(q.device.type)
+        ungroup = q.is_cuda and q.dtype == torch.float32 and not autocast
+        if ungroup:
+            group = self.heads // self.kv_heads
+            k = k.repeat_interleave(group, dim=1)
+            v = v.repeat_interleave(group, dim=1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not ungroup)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """[B, T, heads * d] -> [B, heads, T, d]"""
@@ -225,7 +236,7 @@ class Transformer(nn.Module):
             layer_cache = None if cache is None else cache[i]
             arguments = (x, cos, sin, layer_cache, place, mask)
             x = (
-                checkpoint(layer, *arguments, use_reentrant=False)
+                checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
                 if recompute
                 else layer(*arguments)
             )
@@ -307,10 +318,12 @@ def score(
     position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     hidden = model(tokens, position)  # [B, T, width]
 
-    # Only response tokens meet the head: N of them, end to end.
+    # Only response tokens meet the head: N of them, end to end. Their places are looked up once,
+    # because a GPU is waited for there.
     mask = response_mask(prompt_len, total_len, tokens.shape[1])  # [B, T-1]
-    rows = hidden[:, :-1][mask]  # [N, width]
-    target = tokens[:, 1:][mask]  # [N]
+    place = F.pad(mask, (0, 1)).flatten().nonzero()[:, 0]  # [N], in the B x T tokens
+    rows = hidden.flatten(0, 1).index_select(0, place)  # [N, width]
+    target = tokens.flatten()[place + 1]  # [N]
     logps = []
     entropies = []
     for some_rows, some_targets in zip(rows.split(chunk), target.split(chunk)):
@@ -322,14 +335,15 @@ def score(
             temperature,
             entropy_grad,
             use_reentrant=False,
+            preserve_rng_state=False,
         )
         logps.append(logp)
         entropies.append(entropy)
 
-    zeros = torch.zeros(mask.shape, device=tokens.device)  # [B, T-1]
-    logp = zeros.masked_scatter(mask, torch.cat(logps))
-    entropy = zeros.masked_scatter(mask, torch.cat(entropies))
-    return logp, entropy
+    zeros = torch.zeros(tokens.numel(), device=tokens.device)  # [B * T]
+    logp = zeros.index_copy(0, place, torch.cat(logps)).view(tokens.shape)
+    entropy = zeros.index_copy(0, place, torch.cat(entropies)).view(tokens.shape)
+    return logp[:, :-1], entropy[:, :-1]
 
 
 def count_parameters(config: dict) -> int:

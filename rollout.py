@@ -19,6 +19,7 @@ log-probabilities as the old policy's. The paper samples with a serving engine, 
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Sequence
 
 import torch
@@ -28,15 +29,18 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import Transformer
+from plumbing.decode_graph import Graphs, GraphedStep
 
 CHECK_EVERY = 8  # tokens between two looks at the finished flags
-GROW_BY = 16  # the cache is as long as the furthest row has needed, in multiples of this
+GROW_BY = 16  # the cache is as long as the furthest row has needed, in multiples of this ...
+GROW_BY_ON_GPU = 128  # ... or of this: every length needs a CUDA graph of its own
 PREFILL_TOKENS = 16384  # prompt tokens (with padding) per prefill, which bounds its memory
 
 
-def round_up(length: int) -> int:
-    """To a multiple of GROW_BY."""
-    return math.ceil(length / GROW_BY) * GROW_BY
+def round_up(length: int, device: torch.device) -> int:
+    """Positions of a cache for `length` tokens: a multiple of GROW_BY."""
+    multiple = GROW_BY_ON_GPU if device.type == "cuda" else GROW_BY
+    return math.ceil(length / multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -60,24 +64,25 @@ def sample(
     logits [S, V] -> token, logp, entropy [S], in fp32. By the inverse of the cumulative
     distribution, in fp64: one uniform number a row, where torch.multinomial draws one for every
     word."""
-    z = logits.float() / temperature  # [S, V]
+    z = logits.float()  # [S, V]
+    if temperature != 1.0:
+        z = z / temperature
     if top_p < 1.0:
         z = truncate(z, top_p)
     lse = z.logsumexp(dim=-1, keepdim=True)  # [S, 1]
     p = (z - lse).exp()
 
     # The token is the first whose cumulative probability exceeds u, so never one of probability 0.
-    # Its index is the number of cumulative probabilities that do not exceed u. The last of them
-    # should be 1 but is rounded, so u is multiplied by it.
-    cdf = p.double().cumsum(dim=-1)
+    # The last cumulative probability should be 1 but is rounded, so u is multiplied by it.
+    cdf = p.cumsum(dim=-1, dtype=torch.float64)
     u = torch.rand(len(p), 1, dtype=torch.float64, generator=generator, device=p.device)
-    not_above = cdf <= u * cdf[:, -1:]
-    token = not_above.sum(dim=-1)  # [S]
+    token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)  # [S, 1]
 
-    logp = (z.gather(1, token[:, None]) - lse)[:, 0]
-    finite_z = z.masked_fill(p == 0, 0.0)  # 0 * -inf would be nan
-    entropy = lse[:, 0] - (p * finite_z).sum(dim=-1)
-    return token, logp, entropy
+    logp = z.gather(1, token) - lse
+    if top_p < 1.0:
+        z = z.masked_fill_(z == -torch.inf, 0.0)  # 0 * -inf would be nan
+    entropy = lse[:, 0] - p.mul_(z).sum(dim=-1)
+    return token[:, 0], logp[:, 0], entropy
 
 
 def truncate(z: Tensor, top_p: float) -> Tensor:
@@ -110,6 +115,7 @@ class Sampler:
         max_length: int,
         eos_ids: Sequence[int],
         dtype: torch.dtype | None = None,
+        graph: bool = True,
     ) -> None:
         if not eos_ids:
             raise ValueError("the sampler needs at least one end-of-sequence id")
@@ -121,6 +127,7 @@ class Sampler:
         self.dtype = dtype or model.head.dtype
         same_weights = self.dtype == model.head.dtype
         self.decoder = model if same_weights else copy.deepcopy(model).to(self.dtype)
+        self.graphs = Graphs(wanted=graph and self.device.type == "cuda")
         # One piece of memory; the cache in use is a view of its start (view_of_buffer).
         self.buffer: Tensor | None = None
 
@@ -136,7 +143,7 @@ class Sampler:
     def allocate(self, rows: int) -> None:
         """Makes room for the longest sequences in `rows` slots, unless it is there."""
         if self.buffer is None or self.buffer.shape[2] < rows:
-            self.buffer = self.decoder.new_cache(rows, round_up(self.max_length))
+            self.buffer = self.decoder.new_cache(rows, round_up(self.max_length, self.device))
 
     def free(self) -> None:
         """Gives the buffer back, before an update that needs the memory."""
@@ -159,6 +166,11 @@ class Sampler:
         ValueError for settings or prompts out of their bounds."""
         self.check(prompts, max_new_tokens, temperature, top_p)
         slots = Slots(self, prompts, samples_per_prompt, max_new_tokens)
+        decode = partial(slots.decode, temperature, top_p, generator)
+        if self.graphs.wanted:
+            # A GPU is done with a step's kernels before Python has launched them, unless they are
+            # launched all at once.
+            decode = GraphedStep(decode, slots, generator, self.graphs)
         bar = tqdm(
             total=len(slots.prompt_of),
             desc=progress,
@@ -170,10 +182,12 @@ class Sampler:
             slots.refill()
             slots.make_room(CHECK_EVERY)
             for _ in range(CHECK_EVERY):
-                slots.decode(temperature, top_p, generator)
+                decode()
             bar.update(slots.harvest())
             slots.shrink()
         bar.close()
+        if self.graphs.wanted:
+            decode.close()
         return slots.episodes
 
     def check(
@@ -198,6 +212,13 @@ class Sampler:
                 f"prompts must have 1 to {room} tokens to leave room for {max_new_tokens} new ones "
                 f"in {self.max_length}; the longest has {max(lengths)}"
             )
+        words = len(self.model.head)
+        largest = max((max(prompt) for prompt in prompts), default=0)
+        if largest >= words:
+            raise ValueError(
+                f"a prompt has the token {largest}, and the model has {words}: the tokenizer is "
+                "another model's, or has words added that the weights lack"
+            )
 
     def view_of_buffer(self, rows: int, length: int) -> Tensor:
         """A cache of `rows` and at least `length`, laid over the start of the buffer, in the same
@@ -205,7 +226,7 @@ class Sampler:
         Without gaps: matrix products over a slice of a longer cache take twice as long (measured on
         a CPU)."""
         layers, kinds, _, kv_heads, _, head_dim = self.buffer.shape
-        shape = (layers, kinds, rows, kv_heads, round_up(length), head_dim)
+        shape = (layers, kinds, rows, kv_heads, round_up(length, self.device), head_dim)
         return self.buffer.view(-1)[: math.prod(shape)].view(shape)
 
     def lengthened(self, cache: Tensor, length: int) -> Tensor:
@@ -243,7 +264,8 @@ class Sampler:
 
         # A prompt of one token leaves nothing to prefill: any token fills its place, unseen.
         rows = [torch.tensor(prompt[:-1] or [0]) for prompt in prompts[first:end]]
-        batch = pad_sequence(rows, batch_first=True).to(self.device)  # [prompts, T]
+        batch = pad_sequence(rows, batch_first=True)  # [prompts, T]
+        batch = batch.to(self.device, non_blocking=True)
         position = torch.arange(longest, device=self.device).expand(*batch.shape)
         bank = self.decoder.new_cache(*batch.shape)
         self.decoder(batch, position, bank)  # fills the bank; nobody needs its hidden states
@@ -270,8 +292,10 @@ class Slots:
         self.busy: dict[int, int] = {}  # slot -> its sequence; the other slots are free
         self.episodes: list[Episode | None] = [None] * len(self.prompt_of)
         self.rows = min(sampler.slots, len(self.prompt_of))
+        self.reached = [0] * self.rows  # position of each slot
 
-        # What the device knows, as of the last token.
+        # What the device knows, as of the last token. A decode step changes these in place: it may
+        # be a recording, which knows their memory and not their names.
         self.device = sampler.device
         self.eos = self.on_device(sampler.eos_ids)
         self.newest = self.zeros(torch.int64, self.rows)  # [S], the token to decode next
@@ -295,8 +319,15 @@ class Slots:
     def zeros(self, dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=dtype, device=self.device)
 
-    def on_device(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, device=self.device)
+    def on_device(self, values: Sequence) -> Tensor:
+        """Whole numbers from Python, which does not wait until they have arrived."""
+        return torch.tensor(values).to(self.device, non_blocking=True)
+
+    @property
+    def state(self) -> list[Tensor]:
+        """All that a decode step changes, besides the cache."""
+        per_slot = [self.newest, self.position, self.count, self.alive]
+        return [*per_slot, self.tokens, self.logps, self.entropies]
 
     @property
     def waiting(self) -> bool:
@@ -309,6 +340,7 @@ class Slots:
             next_prompt = self.prompt_of[self.started]
             if next_prompt >= self.bank_end:
                 self.bank_first = next_prompt
+                self.bank = None  # its memory is free before the next one takes any
                 self.bank, self.bank_end = self.sampler.prefill(self.prompts, self.bank_first)
             self.start(self.next_sequences())
 
@@ -328,24 +360,29 @@ class Slots:
         self.busy |= fresh
         self.started += len(fresh)
         prompt_indices = [self.prompt_of[sequence] for sequence in fresh.values()]
-        in_bank = self.on_device([i - self.bank_first for i in prompt_indices])
+        index_in_bank = [i - self.bank_first for i in prompt_indices]
         last_token = [self.prompts[i][-1] for i in prompt_indices]
         last_position = [len(self.prompts[i]) - 1 for i in prompt_indices]
+        for slot, position in zip(fresh, last_position):
+            self.reached[slot] = position
 
-        slots = self.on_device(list(fresh))
-        # [layers, 2, fresh, kv_heads, prefilled, d]. What lies behind a shorter prompt is padding:
-        # masked, until the slot's own tokens are written over it.
+        # One copy to the device: a row for each list.
+        table = self.on_device([list(fresh), index_in_bank, last_token, last_position])
+        slots, in_bank, newest, position = table
+        # Layer by layer, because the rows that are taken from the bank are copied. What lies behind
+        # a shorter prompt is padding: masked, until the slot's own tokens are written over it.
         prefilled = self.bank.shape[4]
-        self.cache[:, :, slots, :, :prefilled] = self.bank[:, :, in_bank]
-        self.newest[slots] = self.on_device(last_token)
-        self.position[slots] = self.on_device(last_position)
+        for cache, bank in zip(self.cache, self.bank):  # [2, S or prompts, kv_heads, L, d]
+            cache[:, slots, :, :prefilled] = bank[:, in_bank]
+        self.newest[slots] = newest
+        self.position[slots] = position
         self.count[slots] = 0
         self.alive[slots] = True
 
     def make_room(self, steps: int) -> None:
         """Makes the cache long enough for `steps` more tokens of the furthest slot. An ended one
         counts too: it goes on writing at its own position."""
-        reach = min(int(self.position.max()) + steps, self.sampler.max_length)
+        reach = min(max(self.reached) + steps, self.sampler.max_length)
         if reach > self.cache.shape[4]:
             self.cache = self.sampler.lengthened(self.cache, reach)
 
@@ -357,39 +394,50 @@ class Slots:
         logits = F.linear(hidden, decoder.head)  # [S, V]
         drawn, logp, entropy = sample(logits, temperature, top_p, generator)  # [S] each
 
-        column = torch.where(self.alive, self.count, self.max_new_tokens)[:, None]  # [S, 1]
+        column = self.count.masked_fill(~self.alive, self.max_new_tokens)[:, None]  # [S, 1]
         self.tokens.scatter_(1, column, drawn[:, None])
         self.logps.scatter_(1, column, logp[:, None])
         self.entropies.scatter_(1, column, entropy[:, None])
 
         # Slots that were alive have one token more.
         self.count += self.alive
-        ended = torch.isin(drawn, self.eos)
+        ended = (drawn[:, None] == self.eos).any(dim=-1)
         has_room = self.count < self.max_new_tokens
         # From here on `alive` is of the next step.
         self.alive &= ~ended & has_room
-        self.newest = torch.where(self.alive, drawn, self.newest)
+        self.newest.copy_(torch.where(self.alive, drawn, self.newest))
         self.position += self.alive
 
     def harvest(self) -> int:
         """Turns sequences that have ended into episodes and frees their slots; returns how many."""
         # The look: here Python waits for the device.
-        counts = self.count.tolist()
-        alive = self.alive.tolist()
+        look = torch.stack((self.count, self.position, self.alive.long()))
+        counts, self.reached, alive = look.tolist()
         ended = [slot for slot in self.busy if not alive[slot]]
-        for slot in ended:
-            sequence = self.busy.pop(slot)
-            self.episodes[sequence] = self.episode(sequence, slot, counts[slot])
+        if ended:
+            lengths = [counts[slot] for slot in ended]
+            records = self.records(ended, max(lengths))
+            for slot, length, record in zip(ended, lengths, records):
+                sequence = self.busy.pop(slot)
+                self.episodes[sequence] = self.episode(sequence, record[:, :length])
         return len(ended)
 
-    def episode(self, sequence: int, slot: int, length: int) -> Episode:
+    def records(self, slots: list[int], length: int) -> Tensor:
+        """Tokens, log-probabilities and entropies of the slots, to the host in one copy:
+        [slots, 3, length] in fp64, which holds all three exactly."""
+        rows = self.on_device(slots)
+        tables = (self.tokens, self.logps, self.entropies)
+        return torch.stack([table[rows, :length].double() for table in tables], dim=1).cpu()
+
+    def episode(self, sequence: int, record: Tensor) -> Episode:
+        """record: fp64 [3, R]."""
         prompt_index = self.prompt_of[sequence]
-        response = self.tokens[slot, :length].cpu().clone()
+        response, logp, entropy = record
         return Episode(
             prompt=torch.tensor(self.prompts[prompt_index]),
-            response=response,
-            logp=self.logps[slot, :length].cpu().clone(),
-            entropy=self.entropies[slot, :length].cpu().clone(),
+            response=response.long(),
+            logp=logp.float(),
+            entropy=entropy.float(),
             finished=int(response[-1]) in self.sampler.eos_ids,
             prompt_index=prompt_index,
         )
@@ -403,6 +451,7 @@ class Slots:
         keep = self.on_device(kept)
         self.busy = {row: self.busy[slot] for row, slot in enumerate(kept)}
         self.rows = len(kept)
+        self.reached = [self.reached[slot] for slot in kept]
         self.newest = self.newest[keep]
         self.position = self.position[keep]
         self.count = self.count[keep]

@@ -47,14 +47,15 @@ from evaluate import chosen_ks, count_solved, report
 from model import Critic, Transformer, count_parameters, load_weights, score
 from plumbing.batch import collate, micro_batches, my_share, pad_responses, problems_of_step
 from plumbing.distributed import gather, join, sum_gradients
-from plumbing.memory import plan
+from plumbing.memory import check_disk, plan
 from plumbing.metrics import (
     StepRecord,
     Stopwatch,
-    add_over_processes,
+    UpdateSums,
     log_line,
     shaping_sums,
     step_times,
+    sum_where,
 )
 from plumbing.optimizer import make_optimizer
 from plumbing.pretrained import open_pretrained, save
@@ -165,7 +166,7 @@ def update(
 ) -> Counter:
     """One optimizer step of the policy on a minibatch; old_logp, advantage [N, R], one per response
     token, 0 beyond. Returns sums for the log, see plumbing/metrics.py."""
-    total = Counter()
+    sums = UpdateSums()
     device = model.head.device
     # All response tokens of this optimizer step, in all processes and also of answers without a
     # forward pass: so the loss does not depend on how the work is cut.
@@ -187,7 +188,7 @@ def update(
                 chunk=s.chunk,
                 entropy_grad=s.entropy_coef > 0,
             )
-        total["score_s"] += clock.lap()
+        sums.score_s += clock.lap()
 
         # Shape: the paper's one line.
         shaped = shape_with_entropy(unshaped, entropy, s.alpha, s.kappa)
@@ -195,7 +196,7 @@ def update(
         # Loss. The classical entropy bonus (entropy_coef, 0 by default) is another thing than the
         # line above: it has the gradient of H, which flattens the whole distribution, in right and
         # wrong answers alike; psi has no gradient and only rescales A.
-        loss, sums = policy_loss(
+        loss, statistics = policy_loss(
             logp, old, shaped, batch.mask, s.clip_low, s.clip_high, denominator
         )
         entropy_sum = torch.where(batch.mask, entropy, 0.0).sum()
@@ -204,15 +205,13 @@ def update(
 
         # For the log: sums over tokens. In the first update, the gap is that between sampler and
         # scorer.
-        gap = (logp.detach() - old).abs()[batch.mask]
-        sums |= shaping_sums(unshaped, shaped, batch.mask, s.kappa)
-        sums |= {"loss": loss.detach(), "gap": gap.sum()}
-        for name, number in sums.items():
-            total[name] += float(number)
-        total["gap_max"] = max(total["gap_max"], float(gap.max()))
+        gap = (logp.detach() - old).abs()
+        sums.add(statistics)
+        sums.add(shaping_sums(unshaped, shaped, batch.mask, s.kappa))
+        sums.add({"loss": loss.detach(), "gap": sum_where(batch.mask, gap), "gap_max": gap.max()})
 
     # Step.
-    return optimizer_step(model, optimizer, total, s)
+    return optimizer_step(model, optimizer, sums, s)
 
 
 def count_tokens(episodes: Sequence[Episode]) -> int:
@@ -234,17 +233,17 @@ def autocast(device: torch.device, s: Settings) -> torch.autocast:
 
 
 def optimizer_step(
-    module: torch.nn.Module, optimizer: torch.optim.Optimizer, total: Counter, s: Settings
+    module: torch.nn.Module, optimizer: torch.optim.Optimizer, sums: UpdateSums, s: Settings
 ) -> Counter:
     """Adds up what all processes have, clips, refuses what is not finite, and steps.
 
     Afterwards gradients are zeros, not None: a step in which no answer has a gradient is a step
     too, for AdamW's moments and the weight decay. FloatingPointError before any weight has
     changed."""
-    total = add_over_processes(gather(total))
     sum_gradients(module)
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), s.grad_clip)
-    total["grad_norm"] = float(norm)
+    sums.add({"grad_norm": norm})
+    total = sums.total()
     if not math.isfinite(total["loss"] + total["grad_norm"]):
         raise FloatingPointError(
             f"the loss is {total['loss']} and the gradient norm {total['grad_norm']}"
@@ -286,7 +285,7 @@ def update_critic(
 ) -> Counter:
     """One optimizer step of the critic; value, ret [N, R]: what it predicted before the rollout's
     updates, and the returns to fit."""
-    total = Counter()
+    sums = UpdateSums()
     denominator = sum(gather(count_tokens(episodes)))
     for rows in micro_batches(episodes, s.micro_tokens):
         batch = collate([episodes[i] for i in rows], critic.value.weight.device)
@@ -296,8 +295,8 @@ def update_critic(
             new = critic(batch.tokens)
         loss = value_loss(new, old, target, batch.mask, s.value_clip, denominator)
         loss.backward()
-        total["loss"] += float(loss.detach())
-    return optimizer_step(critic, optimizer, total, s)
+        sums.add({"loss": loss.detach()})
+    return optimizer_step(critic, optimizer, sums, s)
 
 
 def train(s: Settings) -> Path | None:
@@ -363,7 +362,7 @@ def prepare(s: Settings) -> Learner:
     """Task, model, optimizers and sampler. ValueError, before anything large is allocated, if
     there is nothing to train on or not enough memory."""
     device = pick_device(s.device)
-    task = load_task(s.task, s.data, s.test_data, s.template)
+    task = load_task(s.task, s.data, s.test_data, s.template, date=s.date)
     rank, world = join()
     pretrained = open_pretrained(s.model)
 
@@ -388,6 +387,7 @@ def prepare(s: Settings) -> Learner:
     rows = min(s.slots, max(s.prompts * s.samples, validation_rows))
     parameters = count_parameters(pretrained.config)
     planned = plan(pretrained.config, parameters, s, length, rows, device)
+    check_disk(s, parameters)
     if rank == 0:
         print(f"{planned}\nleft out: {left_out} prompts over {s.max_prompt_tokens} tokens")
 
@@ -407,7 +407,7 @@ def prepare(s: Settings) -> Learner:
         longest=longest,
         policy=policy,
         critic=critic,
-        sampler=Sampler(model, s.slots, length, model.eos_ids, decode_dtype),
+        sampler=Sampler(model, s.slots, length, model.eos_ids, decode_dtype, s.graph),
         rows=rows,
         device=device,
         rank=rank,

@@ -45,7 +45,7 @@ BASE_STYLE = dict(color="0.5", linestyle=":", marker=".")
 
 # Settings that say where a run is, and those that change nothing but time and rounding.
 PLACE = ("name", "out", "overwrite", "resume")
-SPEED = ("slots", "micro_tokens", "chunk", "skip_zero", "device")
+SPEED = ("slots", "micro_tokens", "chunk", "skip_zero", "graph", "device")
 
 
 @dataclasses.dataclass

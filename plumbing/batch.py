@@ -95,7 +95,7 @@ class Batch:
 
     def align(self, values: Tensor) -> Tensor:
         """A number per response token, [B, R] -> [B, T-1], 0 outside the mask."""
-        values = values.to(self.mask.device)
+        values = values.to(self.mask.device, non_blocking=True)
         column = torch.arange(self.mask.shape[1], device=values.device)
         first_column = self.prompt_len[:, None] - 1  # the one that speaks of response token 0
         response_token = (column - first_column).clamp(0, values.shape[1] - 1)  # [B, T-1]
@@ -103,23 +103,29 @@ class Batch:
 
     def unalign(self, columns: Tensor, length: int) -> Tensor:
         """The way back: [B, T-1] -> [B, length] on the CPU, 0 beyond each response."""
-        response_len = (self.total_len - self.prompt_len).cpu()
-        inside = torch.arange(length) < response_len[:, None]  # [B, length]
-        zeros = torch.zeros(inside.shape)
-        return zeros.masked_scatter(inside, columns[self.mask].cpu())
+        response_len = self.total_len - self.prompt_len
+        response_token = torch.arange(length, device=columns.device)
+        inside = response_token < response_len[:, None]  # [B, length]
+        column = self.prompt_len[:, None] - 1 + response_token
+        column = column.clamp(max=columns.shape[1] - 1)
+        return torch.where(inside, columns.gather(1, column), 0.0).cpu()
 
 
 def collate(episodes: Sequence["Episode"], device: torch.device) -> Batch:
-    """Pads episodes on the right, and says where their responses are."""
+    """Pads episodes on the right, and says where their responses are. One copy to the device, for
+    whose arrival nobody waits."""
     prompt_len = torch.tensor([len(episode.prompt) for episode in episodes])
     response_len = torch.tensor([len(episode.response) for episode in episodes])
     total_len = prompt_len + response_len
     sequences = [torch.cat((episode.prompt, episode.response)) for episode in episodes]
-    tokens = pad_sequence(sequences, batch_first=True)  # [B, T]
-    mask = response_mask(prompt_len, total_len, tokens.shape[1])  # [B, T-1]
+    padded = pad_sequence(sequences, batch_first=True)  # [B, T]
+    lengths = torch.stack((prompt_len, total_len), dim=1)  # [B, 2]
+    table = torch.cat((padded, lengths), dim=1).to(device, non_blocking=True)
+    tokens = table[:, :-2].contiguous()
+    *_, prompt_len, total_len = table.unbind(dim=1)
     return Batch(
-        tokens=tokens.to(device),
-        prompt_len=prompt_len.to(device),
-        total_len=total_len.to(device),
-        mask=mask.to(device),
+        tokens=tokens,
+        prompt_len=prompt_len,
+        total_len=total_len,
+        mask=response_mask(prompt_len, total_len, tokens.shape[1]),
     )

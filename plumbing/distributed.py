@@ -28,10 +28,19 @@ def join() -> tuple[int, int]:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # A process waits for the others as long as the longest rollout takes.
         with others_needed():
-            dist.init_process_group(backend, timeout=timedelta(days=1))
+            dist.init_process_group(backend, timeout=timedelta(days=1), device_id=own_gpu())
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
+
+
+def own_gpu() -> torch.device | None:
+    """Of a process that torchrun started, if there are so many: from then on the current one."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if not torch.cuda.is_available() or local_rank >= torch.cuda.device_count():
+        return None
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ numbers, not after an hour."""
 import math
 import os
 import resource
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from plumbing.pretrained import head_size
 
 GB = 1e9
 BYTES = {"float32": 4, "bfloat16": 2}
+SMALL_THINGS = 100_000  # bytes: a number per sequence, and every block rounded up to 512
 BYTES_OF_OBJECTS = 2000  # of an answer: the Python objects around its numbers
 CONTAINER = Path("/sys/fs/cgroup/memory.max")  # Linux, inside a container
 # What torch and its libraries say where memory is lacking, without an exception of its own.
@@ -23,6 +25,18 @@ WORDS_FOR_IT = (
     "bad_alloc",
     "ALLOC_FAILED",
 )
+# rollout.py's: prompt tokens per prefill, and the multiple to which a cache's length is rounded up.
+PREFILL_TOKENS = 16384
+GROW_BY = {"cpu": 16, "cuda": 128}
+# That the tensors of rollout.sample take, by whether it truncates (top-p); counted on a pretended
+# device, which does not see what torch's kernels take inside: a cumulative sum in float64 copies its
+# input to float64 first (on an H200 7 to 8 bytes a logit were missing).
+BYTES_OF_LOGIT = {False: 18, True: 27}
+SCRATCH_OF_LOGIT = 8
+# cuBLAS keeps 32 MiB on a Hopper card, 8 on others, for every thread and stream that multiplies:
+# the program's, the recording of a CUDA graph, the backward pass. On an H200 0.10 GB was missing.
+CUDA_WORKSPACES = 3 * 32 * 2**20
+EVALUATION_MAY_HELP = "what may help: fewer --slots, less --max-new-tokens, --dtype bfloat16"
 MAY_HELP = (
     "what may help: fewer --slots, less --micro-tokens or --chunk, --recompute, "
     "--weights bfloat16 --dtype bfloat16, --algo grpo, a smaller model"
@@ -31,50 +45,240 @@ MAY_HELP = (
 
 def plan(config: dict, parameters: int, s, length: int, rows: int, device: torch.device) -> str:
     """A table in GB for `rows` sequences of `length` tokens, with a policy of `parameters` weights,
-    under train.py's settings `s`. Activations are estimated from what a layer keeps; the rest is
-    counted. ValueError if that is more than a GPU has free or this machine has."""
-    decode_dtype = s.decode_dtype or s.dtype
-    models = 2 if s.algo == "ppo" else 1  # the critic is as large as the policy
-    weight_bytes = models * parameters * BYTES[s.weights]
-    if s.weights == "bfloat16":
-        optimizer_bytes = 4 + 2 + 4  # MasterAdamW: float32 master, bfloat16 mean, float32 square
-    else:
-        optimizer_bytes = 4 + 4  # two float32 moments
-    decode_copy = parameters * BYTES[decode_dtype] if decode_dtype != s.weights else 0
-    key_value = 2 * config["num_key_value_heads"] * head_size(config)  # numbers a token and layer
-    size = {
-        "weights": weight_bytes,
-        "gradients": weight_bytes,
-        "optimizer": models * parameters * optimizer_bytes,
-        "decode weights": decode_copy,
-        "KV cache": rows * length * config["num_hidden_layers"] * key_value * BYTES[decode_dtype],
-        "activations": activations(config, parameters, s, length),
-    }
-    # The cache is given back before an update, whose activations are gone before a rollout.
-    update = sum(size.values()) - size["KV cache"]
-    rollout = sum(size.values()) - size["activations"]
-
-    parts = ", ".join(f"{name} {value / GB:.3g}" for name, value in size.items() if value)
+    under train.py's settings `s`. ValueError if that is more than a GPU has free or this machine
+    has."""
+    shape = (config, parameters, s, length, rows, device)
+    parts = in_gb(always(parameters, s, device) | sampling(*shape) | learning(*shape))
+    rollout, update = needs(*shape)
     table = (
-        f"memory in GB for {parameters / 1e9:.3g} billion weights: {parts}; "
+        f"memory in GB on {name_of(device)} for {parameters / 1e9:.3g} billion weights: {parts}; "
         f"a rollout needs {rollout / GB:.3g}, an update {update / GB:.3g}"
     )
     free = free_bytes(device)
     if max(update, rollout) > free:
         raise ValueError(f"{table}, but there are {free / GB:.3g}; {MAY_HELP}")
-    check_host(s, length, device, max(update, rollout))
+    check_host(s, length, device, max(update, rollout), parameters * BYTES[s.weights])
     return table
 
 
-def check_host(s, length: int, device: torch.device, on_device: float) -> None:
+def needs(
+    config: dict, parameters: int, s, length: int, rows: int, device: torch.device
+) -> tuple[float, float]:
+    """Bytes of a rollout and of an update. The cache is given back before an update, whose
+    activations are gone before a rollout."""
+    shape = (config, parameters, s, length, rows, device)
+    in_both = sum(always(parameters, s, device).values())
+    rollout = in_both + sum(sampling(*shape).values())
+    update = in_both + sum(learning(*shape).values())
+    return rollout, update
+
+
+def always(parameters: int, s, device: torch.device) -> dict[str, float]:
+    """Bytes that are taken in rollouts and updates."""
+    models = 2 if s.algo == "ppo" else 1  # the critic is as large as the policy
+    weights = models * parameters * BYTES[s.weights]
+    decode_dtype = s.decode_dtype or s.dtype
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": models * parameters * bytes_of_moments(s),
+        "decode weights": parameters * BYTES[decode_dtype] if decode_dtype != s.weights else 0,
+        "CUDA libraries": workspaces(device),
+    }
+
+
+def workspaces(device: torch.device) -> int:
+    return CUDA_WORKSPACES if device.type == "cuda" else 0
+
+
+def sampling(
+    config: dict, parameters: int, s, length: int, rows: int, device: torch.device
+) -> dict[str, float]:
+    """Bytes that a rollout or a validation takes besides, whichever is larger."""
+    decoding = Decoding(
+        config,
+        dtype=s.decode_dtype or s.dtype,
+        rows=rows,
+        length=length,
+        new=s.max_new_tokens,
+        prompts=max(s.prompts, s.eval_problems),
+        device=device,
+        graph=s.graph,
+    )
+    return {"KV cache": decoding.cache, "sampling": decoding.besides()}
+
+
+def learning(
+    config: dict, parameters: int, s, length: int, rows: int, device: torch.device
+) -> dict[str, float]:
+    """Bytes that an update takes besides."""
+    return {"activations": activations(config, parameters, s, length, device)}
+
+
+def plan_evaluation(
+    config: dict,
+    parameters: int,
+    s,
+    length: int,
+    rows: int,
+    problems: int,
+    device: torch.device,
+    may_help: str = EVALUATION_MAY_HELP,
+) -> None:
+    """ValueError if evaluate.py's settings `s` take more memory than a GPU has free or this machine
+    has: for `rows` sequences of `length` tokens at a time, answers to so many problems."""
+    size = sizes_of_evaluation(config, parameters, s, length, rows, problems, device)
+    needed = sum(size.values())
+    free = free_bytes(device)
+    if needed > free:
+        raise ValueError(
+            f"sampling takes {needed / GB:.3g} GB of memory for {parameters / 1e9:.3g} billion "
+            f"weights ({in_gb(size)}), but there are {free / GB:.3g}; {may_help}"
+        )
+
+
+def sizes_of_evaluation(
+    config: dict, parameters: int, s, length: int, rows: int, problems: int, device: torch.device
+) -> dict[str, float]:
+    """In bytes."""
+    decoding = Decoding(
+        config,
+        dtype=s.dtype,
+        rows=rows,
+        length=length,
+        new=s.max_new_tokens,
+        prompts=problems,
+        device=device,
+        graph=s.graph,
+        top_p=s.top_p,
+    )
+    return {
+        "weights": parameters * BYTES[s.dtype],
+        "CUDA libraries": workspaces(device),
+        "KV cache": decoding.cache,
+        "sampling": decoding.besides(),
+    }
+
+
+def bytes_of_moments(s) -> int:
+    """Of a weight, in the optimizer."""
+    if s.weights == "bfloat16":
+        return 4 + 2 + 4  # MasterAdamW: float32 master, bfloat16 mean, float32 square
+    return 4 + 4  # two float32 moments
+
+
+def name_of(device: torch.device) -> str:
+    """The name of the card."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+
+
+def in_gb(size: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value / GB:.3g}" for name, value in size.items() if value)
+
+
+class Decoding:
+    """The memory of a call of rollout.Sampler, besides the weights: `rows` sequences at a time, of
+    `length` tokens with their prompts, of which `new` at most are sampled; so many `prompts`."""
+
+    def __init__(
+        self,
+        config: dict,
+        dtype: str,
+        rows: int,
+        length: int,
+        new: int,
+        prompts: int,
+        device: torch.device,
+        graph: bool,
+        top_p: float = 1.0,
+    ) -> None:
+        self.config = config
+        self.bytes = BYTES[dtype]
+        self.rows = rows
+        self.prompt = max(1, length - new)
+        self.new = new
+        self.prompts = prompts
+        self.graph = graph and device.type == "cuda"
+        self.ungroups = device.type == "cuda" and dtype == "float32"
+        self.top_p = top_p
+        block = GROW_BY[device.type]
+        self.positions = -(-length // block) * block  # rounded up
+        # Of a token, in one layer.
+        self.keys_and_values = 2 * config["num_key_value_heads"] * head_size(config) * self.bytes
+
+    @property
+    def cache(self) -> int:
+        layers = self.config["num_hidden_layers"]
+        return self.rows * self.positions * layers * self.keys_and_values
+
+    def besides(self) -> int:
+        """What is there all the time, and the largest of what is there in turn."""
+        tokens = min(max(PREFILL_TOKENS, self.prompt), self.prompts * self.prompt)
+        bank = tokens * self.config["num_hidden_layers"] * self.keys_and_values
+        # int64 tokens, float32 log-probabilities and entropies; float64 copies on their way out.
+        records = self.rows * (self.new + 1) * (16 + 48)
+        # A CUDA graph keeps the memory of the step that it recorded: reserved, not allocated.
+        recorded = self.step() if self.graph else 0
+        # The rows that a refill takes from the bank; the block that moves to a longer cache.
+        refill = self.rows * self.prompt * self.keys_and_values
+        lengthened = self.rows * self.positions * self.keys_and_values // 2
+        in_turn = max(self.prefill(tokens), self.step(), refill, lengthened)
+        return bank + records + recorded + in_turn + SMALL_THINGS
+
+    def prefill(self, tokens: int) -> int:
+        """The widest place in a layer: in the MLP, or where queries and keys are rotated."""
+        width = self.config["hidden_size"]
+        query = self.config["num_attention_heads"] * head_size(self.config)
+        key = self.config["num_key_value_heads"] * head_size(self.config)
+        in_mlp = 3 * self.config["intermediate_size"]
+        in_attention = 4 * (query + key)
+        if self.ungroups:  # see model.Attention.attend
+            in_attention += 2 * query
+        rotation = 6 * head_size(self.config) + 16  # angles, cos, sin; token and position
+        numbers = 3 * width + max(in_mlp, in_attention)
+        return tokens * (self.bytes * numbers + rotation)
+
+    def step(self) -> int:
+        """A decode step: a layer's attention over the cache, or the draw."""
+        heads = self.config["num_attention_heads"]
+        attention = 2 * heads * self.positions * self.bytes
+        of_logit = BYTES_OF_LOGIT[self.top_p < 1] + SCRATCH_OF_LOGIT
+        draw = of_logit * self.config["vocab_size"]
+        hidden = 8 * self.config["hidden_size"] * self.bytes
+        return self.rows * (max(attention, draw) + hidden)
+
+
+def check_disk(s, parameters: int) -> None:
+    """ValueError if the disk has too little room for a save: the model, and the state, which is
+    there twice while it is replaced. A dry run saves nothing."""
+    if s.dry_run:
+        return
+    model = parameters * BYTES[s.weights]
+    models = 2 if s.algo == "ppo" else 1
+    state = models * parameters * (BYTES[s.weights] + bytes_of_moments(s))
+    needed = 2 * state + model
+    folder = Path(s.resume or s.out).absolute()
+    saved = [file.stat().st_size for file in folder.rglob("*.safetensors")] if s.resume else []
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free + sum(saved)
+    if needed > free:
+        raise ValueError(
+            f"a save takes {needed / GB:.3g} GB of disk, with the state twice while it is replaced, "
+            f"but {folder} has {free / GB:.3g}; what may help: --out on another disk"
+        )
+
+
+def check_host(s, length: int, device: torch.device, on_device: float, model: float) -> None:
     """ValueError if this machine's memory is too small for the answers of a rollout, of all
-    processes, or of a problem's validation. `on_device`: bytes that the model takes there."""
+    processes, or of a problem's validation. In bytes: `on_device`, all that is taken there, and
+    `model`, which comes from a GPU to be saved (the state comes tensor by tensor)."""
     answers = max(s.prompts * s.samples, s.eval_samples, s.final_samples)
     # int64 tokens of prompt and response; of a response's tokens log-probability and entropy too,
     # and padded: mask, log-probability, advantage, value, return.
     tokens = length * 8 + s.max_new_tokens * (4 + 4 + 1 + 4 * 4)
     size = answers * (tokens + BYTES_OF_OBJECTS)
-    needed = size if device.type == "cuda" else size + on_device
+    needed = size + (model if device.type == "cuda" else on_device)
     free = free_bytes(torch.device("cpu"))
     if needed > free:
         raise ValueError(
@@ -84,29 +288,60 @@ def check_host(s, length: int, device: torch.device, on_device: float) -> None:
         )
 
 
-def activations(config: dict, parameters: int, s, length: int) -> int:
-    """Bytes that a forward pass of one micro-batch leaves for its backward pass."""
+def activations(config: dict, parameters: int, s, length: int, device: torch.device) -> int:
+    """Bytes that an update takes at its fullest, besides weights, gradients and moments: what a
+    micro-batch's forward pass leaves for the backward pass, and what that works with."""
     width = config["hidden_size"]
     layers = config["num_hidden_layers"]
+    inner = config["intermediate_size"]
+    table = config["vocab_size"] * width
+    tokens = max(s.micro_tokens, length)
+    autocast = s.dtype != s.weights  # float32 weights are used as bfloat16 copies
+    tables = 1 if config.get("tie_word_embeddings") else 2
+    copies = 2 * (parameters - tables * table) if autocast else 0
+
+    kept = tokens * kept_in_layer(config, s, device)
+    inputs = tokens * width * BYTES[s.weights] * layers
+    logits = 5 * 4 * min(s.chunk, tokens) * config["vocab_size"]
+    # It is added up until the last of its parts is there.
+    head_gradient = BYTES[s.weights] * table
+    # In the backward pass of a layer: gradients inside its MLP or attention, and at its two ends,
+    # where norms compute in float32.
+    query = config["num_attention_heads"] * head_size(config)
+    in_layer = tokens * BYTES[s.dtype] * max(4 * inner, 6 * query)
+    in_layer += tokens * 4 * 6 * width
+
+    if s.recompute:  # of the layers their inputs are kept, and one is computed again
+        forward = inputs + copies + logits
+        layer_again = inputs + kept + copies // layers + head_gradient + in_layer
+        most = max(forward, inputs + head_gradient + logits, layer_again)
+    else:
+        most = layers * kept + copies + head_gradient + max(logits, in_layer)
+    # MasterAdamW's float32 gradient, mean and denominator of the largest weight.
+    step = 3 * 4 * table if s.weights == "bfloat16" else 0
+    return max(most, step)
+
+
+def kept_in_layer(config: dict, s, device: torch.device) -> int:
+    """Bytes that a token leaves in a layer for the backward pass."""
+    width = config["hidden_size"]
     query = config["num_attention_heads"] * head_size(config)
     key = config["num_key_value_heads"] * head_size(config)
-    autocast = s.dtype != s.weights  # float32 weights are used as bfloat16 copies
+    has_norm = config["model_type"] == "qwen3"  # of queries and keys
+    autocast = s.dtype != s.weights
+    numbers = 6 * width + 3 * query + 2 * key + 4 * config["intermediate_size"]
+    if has_norm:
+        numbers += query + key
+    if device.type == "cuda" and s.dtype == "float32":  # see model.Attention.attend
+        numbers += 2 * (query - key)
+
     # Bytes of the float32 copies that norms keep, per number of the width.
     norm_copies = 0
     if autocast:
         norm_copies = 14
     elif s.weights == "bfloat16":
         norm_copies = 10
-
-    numbers = 6 * width + 3 * query + 2 * key + 4 * config["intermediate_size"]
-    # Bytes that a token leaves in a layer.
-    per_layer = BYTES[s.dtype] * numbers + width * norm_copies
-    # Recomputing keeps one layer, and of the others their inputs.
-    per_token = per_layer + 4 * width * layers if s.recompute else per_layer * layers
-    tokens = max(s.micro_tokens, length)
-    logits = 5 * 4 * s.chunk * config["vocab_size"]
-    autocast_weights = 2 * parameters if autocast else 0
-    return tokens * per_token + logits + autocast_weights
+    return BYTES[s.dtype] * numbers + width * norm_copies
 
 
 def free_bytes(device: torch.device) -> int:
@@ -131,8 +366,10 @@ def out_of_memory(error: Exception, may_help: str = MAY_HELP) -> str:
         raise error
     numbers = ""
     if torch.cuda.is_initialized():
-        allocated = torch.cuda.memory_allocated() / GB
-        reserved = torch.cuda.memory_reserved() / GB
+        # A process works on one card: that on which it has the most.
+        card = max(range(torch.cuda.device_count()), key=torch.cuda.memory_allocated)
+        allocated = torch.cuda.memory_allocated(card) / GB
+        reserved = torch.cuda.memory_reserved(card) / GB
         numbers = f", with {allocated:.3g} GB allocated and {reserved:.3g} GB reserved on the GPU"
     return f"out of memory{numbers}; {may_help}"
 

@@ -20,8 +20,8 @@ from plumbing.memory import peak_memory
 if TYPE_CHECKING:
     from rollout import Episode
 
-# Over processes the largest of these counts, not the sum.
-MAXIMA = ("gap_max", "score_s")
+# Of these the largest counts, not the sum.
+MAXIMA = ("gap_max", "grad_norm", "score_s")
 
 
 class Stopwatch:
@@ -54,6 +54,35 @@ class StepRecord:
     def lap(self, name: str) -> None:
         """Notes the seconds since the last lap."""
         self.seconds[name] = self.clock.lap()
+
+
+class UpdateSums:
+    """What an update adds up over its micro-batches. The numbers stay on the device until `total`
+    asks for all of them: a GPU is waited for once an update."""
+
+    def __init__(self) -> None:
+        self.score_s = 0.0
+        self.names: list[str] = []
+        self.numbers: list[Tensor] = []  # [] each
+
+    def add(self, sums: dict[str, Tensor]) -> None:
+        self.names += sums.keys()
+        self.numbers += sums.values()
+
+    def total(self) -> Counter:
+        """Of all processes."""
+        mine = Counter(score_s=self.score_s)
+        for name, number in zip(self.names, torch.stack(self.numbers).tolist()):
+            mine[name] = max(mine[name], number) if name in MAXIMA else mine[name] + number
+        return add_over_processes(gather(mine))
+
+
+def sum_where(mask: Tensor, values: Tensor) -> Tensor:
+    """The sum of the values that the mask selects. On a GPU without selecting them, because it
+    would be waited for to say how many they are."""
+    if values.is_cuda:
+        return torch.where(mask, values, 0.0).sum()
+    return values[mask].sum()
 
 
 def log_line(
@@ -97,9 +126,9 @@ def shaping_sums(plain: Tensor, shaped: Tensor, mask: Tensor, kappa: float) -> d
     at_cap = share > 0.9999 / kappa  # not 1 / kappa: that is rounded
     return {
         "shaping": share.sum(),
-        "shaping_up": share[up].sum(),
+        "shaping_up": sum_where(up, share),
         "up": up.sum(),
-        "shaping_down": share[down].sum(),
+        "shaping_down": sum_where(down, share),
         "down": down.sum(),
         "capped": at_cap.sum(),
     }

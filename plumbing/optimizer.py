@@ -54,4 +54,23 @@ def make_optimizer(module: torch.nn.Module, lr: float, s) -> torch.optim.Optimiz
         parameter.grad = torch.zeros_like(parameter)
     if s.weights == "bfloat16":
         return MasterAdamW(module.parameters(), lr, weight_decay=s.weight_decay)
-    return torch.optim.AdamW(module.parameters(), lr, weight_decay=s.weight_decay)
+    # On a GPU one kernel for all weights, and without copies of them on the way.
+    fused = next(module.parameters()).is_cuda
+    adamw = torch.optim.AdamW(module.parameters(), lr, weight_decay=s.weight_decay, fused=fused)
+    make_moments(adamw)
+    return adamw
+
+
+def make_moments(adamw: torch.optim.AdamW) -> None:
+    """The zeros that AdamW would make in its first step. By then the cache of the first rollout has
+    been given back, and they would lie where it was: a GPU would have no room in one piece for the
+    cache of the second."""
+    [group] = adamw.param_groups
+    for parameter in group["params"]:
+        # A fused step counts its steps on the GPU.
+        device = parameter.device if group["fused"] else "cpu"
+        adamw.state[parameter] = {
+            "step": torch.zeros((), device=device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }

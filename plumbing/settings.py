@@ -4,6 +4,7 @@ model and two CPU cores."""
 
 import argparse
 import dataclasses
+import datetime
 import math
 import os
 import sys
@@ -41,8 +42,16 @@ PAPER_CRITIC = dict(critic_lr=2e-6, critic_warmup=10, gamma=1.0, lam=1.0)
 PRESETS = {
     "paper-grpo": PAPER | dict(algo="grpo", alpha=PAPER_ALPHA["grpo"]),
     "paper-ppo": PAPER | PAPER_CRITIC | dict(algo="ppo", alpha=PAPER_ALPHA["ppo"]),
+    # Where GRPO gives up problems for a higher Pass@1 (lab/narrow.py).
+    "narrow": dict(task="countdown-easy", max_new_tokens=24, steps=200),
 }
 EVALUATION_PRESETS = {"paper": dict(temperature=0.6, top_p=0.95)}
+
+# Settings that were made later than some runs: their config.json lacks them. With these values it
+# means what it meant.
+ADDED_LATER = dict(graph=True, date="")
+# Tokens of a micro-batch unless they are given: a GPU is fast only with much work at a time.
+MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 
 def flag(default, help: str, **options):
@@ -59,7 +68,11 @@ class Settings:
     name: str = flag("", "the run's folder under --out; by default the settings that differ")
     out: str = flag("runs", "where run folders go")
     overwrite: bool = flag(False, "replace an existing run folder of this name")
-    resume: str = flag(None, "go on with this run folder, with its settings", type=str)
+    resume: str = flag(
+        None,
+        "go on with this run folder, with its settings; only a larger --steps may go with it",
+        type=str,
+    )
     dry_run: bool = flag(False, "only one step at the longest lengths; prints its time and memory")
     # What is trained, and on what.
     algo: str = flag(
@@ -69,20 +82,27 @@ class Settings:
     )
     model: str = flag("base", "model to start from: a folder or a hub id")
     preset: str = flag(
-        "", "the paper's settings; flags beside it change single ones", choices=("", *PRESETS)
+        "",
+        "the paper's settings, or narrow, where GRPO gives up problems; flags beside it change "
+        "single ones",
+        choices=("", *PRESETS),
     )
     task: str = flag(
         "countdown",
-        "countdown, countdown-easy, countdown-hard (many or few solutions) or math",
+        "countdown, countdown-easy, countdown-hard (many or few solutions), math, or "
+        "my_task.py:Mine, a class in a file",
     )
     data: str = flag(
-        "", "math: problems to train on, a jsonl, json or parquet file or a hub data set"
+        "", "math: problems to train on, a jsonl, json, csv or parquet file or a hub data set"
     )
     test_data: str = flag("", "math: problems that are kept out of the training")
     template: str = flag("dapo", "math: how a problem is put", choices=TEMPLATE_NAMES)
+    date: str = flag(
+        "", "math: today, for chat templates that tell it; by default the day the run started"
+    )
     max_prompt_tokens: int = flag(1024, "problems with longer prompts are left out")
     # How much, in which portions.
-    steps: int = flag(100, "rollouts")
+    steps: int = flag(None, "rollouts; by default 100, or as many as a resumed run has", type=int)
     prompts: int = flag(32, "problems per rollout")
     samples: int = flag(16, "answers per problem, the group of GRPO")
     minibatch: int = flag(4, "problems per optimizer step")
@@ -114,7 +134,11 @@ class Settings:
     max_new_tokens: int = flag(128, "longest response, in tokens")
     slots: int = flag(512, "sequences decoded at a time")
     # Memory and speed.
-    micro_tokens: int = flag(2048, "tokens, with padding, in one forward and backward pass")
+    micro_tokens: int = flag(
+        None,
+        "tokens, with padding, in one forward and backward pass; by default 2048, on a GPU 8192",
+        type=int,
+    )
     chunk: int = flag(2048, "response tokens whose logits exist at a time")
     recompute: bool = flag(
         False, "gradient checkpointing: layers are computed again in the backward pass"
@@ -122,6 +146,7 @@ class Settings:
     skip_zero: bool = flag(
         True, "leave sequences with zero advantage out of the forward pass (exact)"
     )
+    graph: bool = flag(True, "on a GPU, decode steps as CUDA graphs: fewer launches")
     # Validation and saves.
     eval_every: int = flag(25, "steps between validations and between saves")
     eval_problems: int = flag(200, "validation problems")
@@ -143,6 +168,18 @@ class Settings:
     def __post_init__(self) -> None:
         if self.alpha is None:
             self.alpha = PAPER_ALPHA[self.algo]
+        if self.steps is None and self.resume is None:
+            self.steps = 100
+        if not self.date:
+            self.date = datetime.date.today().isoformat()
+        if self.micro_tokens is None:
+            self.micro_tokens = usual_micro_tokens(self.device)
+
+
+def usual_micro_tokens(device: str) -> int:
+    """Of --device: cpu, cuda:1, auto ..."""
+    on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    return MICRO_TOKENS["cuda" if on_gpu else "cpu"]
 
 
 @dataclasses.dataclass
@@ -155,7 +192,10 @@ class EvaluationSettings:
         nargs="+",
         type=str,
     )
-    task: str = flag("countdown", "countdown, countdown-easy, countdown-hard or math")
+    task: str = flag(
+        "countdown",
+        "countdown, countdown-easy, countdown-hard, math, or my_task.py:Mine, a class in a file",
+    )
     data: str = flag("", "math: the training data, whose splits are train and validation")
     test_data: str = flag("", "math: the test data")
     template: str = flag("dapo", "math: how a problem is put", choices=TEMPLATE_NAMES)
@@ -179,6 +219,8 @@ class EvaluationSettings:
     slots: int = flag(512, "sequences decoded at a time")
     seed: int = flag(0, "seed of the samples", least=0)
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
+    dtype: str = flag("float32", "in which the weights are loaded and sampled", choices=DTYPES)
+    graph: bool = flag(True, "on a GPU, decode steps as CUDA graphs: fewer launches")
     json: str = flag("", "also write the table, with the counts of every problem, to this file")
 
 
@@ -299,7 +341,8 @@ def run_name(s: Settings) -> str:
     """The algorithm, and every setting that differs from its default, so that two settings never
     share a folder."""
     usual = Settings(algo=s.algo)
-    not_in_the_name = ("name", "out", "overwrite", "resume", "dry_run")
+    usual.micro_tokens = usual_micro_tokens(s.device)
+    not_in_the_name = ("name", "out", "overwrite", "resume", "dry_run", "date")
     parts = [s.algo]
     for field in dataclasses.fields(s):
         value = getattr(s, field.name)
@@ -309,11 +352,12 @@ def run_name(s: Settings) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; auto is the GPU if there is one, and each process of torchrun takes
-    its own. ValueError for one that is not there."""
+    """The device of this name; auto is the GPU if there is one, and without a number each process of
+    torchrun takes its own. ValueError for one that is not there."""
     if name == "auto":
-        local_rank = os.environ.get("LOCAL_RANK", 0)
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         if torch.device(name).type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda devices are supported")

@@ -12,7 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import load
-from plumbing.checkpoint import append_line, keep_lines, load_state, read_lines, save_state
+from plumbing.checkpoint import (
+    append_line,
+    keep_lines,
+    load_state,
+    read_lines,
+    save_state,
+    write_tensors,
+)
 from plumbing.optimizer import make_optimizer
 from plumbing.pretrained import save
 from plumbing.settings import Settings
@@ -157,7 +164,8 @@ def test_kill_9_inside_a_save(whole, call):
         assert (run / ".model.old/config.json").exists()
         assert not (run / "model").exists()
     else:
-        assert list(run.glob("*/.tmpXYZ"))  # a file half written
+        files = [path for path in run.rglob("*") if path.is_file()]
+        assert bytes(1000) in [path.read_bytes() for path in files]  # one is half written
     resume(run)
     assert_equal_runs(folder, run, (0, 3, 6))
 
@@ -301,6 +309,22 @@ def test_half_a_state_is_refused_in_a_sentence(whole, tmp_path):
 
 def test_a_run_without_a_state_is_at_step_0(tmp_path):
     assert load_state(tmp_path, untrained_parts()) == 0
+
+
+def test_a_file_is_written_as_safetensors_writes_it(tmp_path):
+    """Byte for byte: both types, no dimension, no numbers, a transposed tensor, a strange name."""
+    tensors = {
+        "b/weight": torch.randn(3, 5),
+        "a/é": torch.randn(7).bfloat16(),
+        "step": torch.tensor(3.0),
+        "none": torch.zeros(0, 4),
+        "turned": torch.randn(4, 6).t(),
+    }
+    metadata = {"step": "6"}
+    write_tensors(tensors, tmp_path / "ours", metadata)
+    in_order = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(in_order, tmp_path / "theirs", metadata=metadata)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_what_is_not_finite_is_never_saved(tmp_path):

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from model import load
+from plumbing.distributed import own_gpu
 from plumbing.lock import lock
 from training_runs import content_of, environment, read_jsonl, small_run, wait_for_lines
 
@@ -199,3 +200,15 @@ def test_a_signal_to_two_processes_is_answered_once(tmp_path):
     assert error.count("finishing this step and saving") == 1
     with safetensors.safe_open(tmp_path / "a/state.safetensors", "pt") as state:
         assert state.metadata() == {"step": str(step)}
+
+
+def test_a_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
+    """The second of two on a machine with two GPUs; on one with one GPU it has none of its own."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for gpus, device in ((2, torch.device("cuda:1")), (1, None)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        assert own_gpu() == device
+    assert chosen == [1]

@@ -9,10 +9,12 @@ import sys
 import pytest
 import torch
 
+from lab.analyze import Settings as AnalysisSettings
+from lab.analyze import check_memory
 from model import Transformer, count_parameters
 from plumbing import memory
-from plumbing.memory import limit_of_container, out_of_memory, plan
-from plumbing.settings import PRESETS, Settings
+from plumbing.memory import limit_of_container, out_of_memory, plan, plan_evaluation
+from plumbing.settings import PRESETS, EvaluationSettings, Settings
 from training_runs import content_of, finish, refusal, start
 
 QWEN_7B = dict(
@@ -84,7 +86,8 @@ def test_the_plan_of_7b_in_bfloat16_by_hand():
     assert "decode weights" not in table
     assert table["KV cache"] == pytest.approx(CACHE_7B, rel=5e-3)
     assert table["an update"] == pytest.approx(106.6 + table["activations"], rel=5e-3)
-    assert table["a rollout needs"] == pytest.approx(106.6 + table["KV cache"], rel=5e-3)
+    of_rollout = table["KV cache"] + table["sampling"]
+    assert table["a rollout needs"] == pytest.approx(106.6 + of_rollout, rel=5e-3)
 
 
 def test_the_plan_of_7b_in_float32_by_hand():
@@ -148,30 +151,19 @@ def activations(s: Settings, **changes) -> float:
     return table_of(SMALL | changes, s, 512, 8)["activations"]
 
 
-def activations_of_a_layer(s: Settings) -> float:
-    """What the planner adds for the one layer that is recomputed: a layer's activations without
-    recomputing."""
-    keeps_all = dataclasses.replace(s, recompute=False)
-    one = activations(keeps_all, num_hidden_layers=1, vocab_size=1)
-    two = activations(keeps_all, num_hidden_layers=2, vocab_size=1)
-    return two - one
-
-
 FLOAT32 = dict()
 AUTOCAST = dict(dtype="bfloat16")
 BFLOAT16 = dict(dtype="bfloat16", weights="bfloat16")
 
 
-@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("mode", [FLOAT32, AUTOCAST, BFLOAT16])
-def test_planned_activations_are_those_that_a_forward_pass_keeps(mode, recompute):
-    s = Settings(recompute=recompute, micro_tokens=4096, chunk=1, **mode)
+def test_planned_activations_are_those_that_a_forward_pass_keeps(mode):
+    """Recomputing, and what the backward pass needs besides: tests/test_memory_plan.py."""
+    s = Settings(micro_tokens=4096, chunk=1, **mode)
     model = Transformer(SMALL).to(getattr(torch, s.weights))
-    model.recompute = recompute
-    want = bytes_kept(model, autocast=mode == AUTOCAST) / GB
-    if recompute:
-        want += activations_of_a_layer(s)  # made again later, in the backward pass
-    assert activations(s) == pytest.approx(want, rel=0.12)
+    layers = 4096 * SMALL["num_hidden_layers"] * memory.kept_in_layer(SMALL, s, CPU)
+    copies = 2 * count_parameters(SMALL) if mode == AUTOCAST else 0
+    assert layers + copies == pytest.approx(bytes_kept(model, mode == AUTOCAST), rel=0.12)
 
 
 def test_the_answers_of_a_rollout_by_hand():
@@ -181,11 +173,72 @@ def test_the_answers_of_a_rollout_by_hand():
     needed = 4096 * (9216 * 8 + 8192 * 25 + 2000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "free_bytes", lambda device: needed + 1000)
-        memory.check_host(s, LENGTH, CPU, on_device=1000)
-        memory.check_host(s, LENGTH, torch.device("cuda"), on_device=1e12)  # there, not here
+        memory.check_host(s, LENGTH, CPU, on_device=1000, model=0)
+        cuda = torch.device("cuda")
+        memory.check_host(s, LENGTH, cuda, on_device=1e12, model=1000)  # there, not here
         sentence = "4096 answers of up to 9216 tokens with their prompts take 1.15 GB"
-        with pytest.raises(ValueError, match=sentence):
-            memory.check_host(s, LENGTH, CPU, on_device=1001)
+        for device, on_device, model in ((CPU, 1001, 0), (cuda, 0, 1001)):
+            with pytest.raises(ValueError, match=sentence):
+                memory.check_host(s, LENGTH, device, on_device, model)
+
+
+class Disk:
+    def __init__(self, free: int) -> None:
+        self.free = free
+
+
+def test_the_disk_of_a_7b_run_by_hand(tmp_path, monkeypatch):
+    """A state of 12 bytes a weight (float32: weight, mean, square) is there twice, beside the model's
+    4: 28 bytes for each of a billion weights. What the run has saved already makes room."""
+    billion = 10**9
+    s = Settings(out=str(tmp_path / "runs"))
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda folder: Disk(28 * billion))
+    memory.check_disk(s, billion)
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda folder: Disk(28 * billion - 1000))
+    sentence = f"a save takes 28 GB of disk, .* but {tmp_path} has 28"
+    with pytest.raises(ValueError, match=sentence):
+        memory.check_disk(s, billion)
+    memory.check_disk(dataclasses.replace(s, dry_run=True), billion)
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "state.safetensors").write_bytes(bytes(1000))
+    memory.check_disk(dataclasses.replace(s, resume=str(run)), billion)
+
+
+def test_an_evaluation_of_7b_by_hand(monkeypatch):
+    """512 sequences of 1024 tokens, 512 of them new, in float32: 30.5 GB of weights, a cache of 2 x
+    57,344 bytes a token, and prompts of 16,384 tokens prefilled. In bfloat16 half of it."""
+    s = EvaluationSettings(max_new_tokens=512)
+    parameters = count_parameters(QWEN_7B)
+    size = memory.sizes_of_evaluation(QWEN_7B, parameters, s, 1024, 512, 200, CPU)
+    assert size["weights"] == pytest.approx(30.46 * GB, rel=2e-3)
+    assert size["KV cache"] == 2 * 57344 * 512 * 1024
+    assert size["sampling"] > 2 * 2 * 57344 * 16384 + 512 * 18 * 152064
+
+    half = dataclasses.replace(s, dtype="bfloat16")
+    in_bfloat16 = memory.sizes_of_evaluation(QWEN_7B, parameters, half, 1024, 512, 200, CPU)
+    assert in_bfloat16["weights"] == size["weights"] / 2
+    assert in_bfloat16["KV cache"] == size["KV cache"] / 2
+
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 80 * GB)
+    plan_evaluation(QWEN_7B, parameters, half, 1024, 512, 200, CPU)
+    with pytest.raises(
+        ValueError, match=r"sampling takes 9\d.*but there are 80; .*--dtype bfloat16"
+    ):
+        plan_evaluation(QWEN_7B, parameters, s, 1024, 512, 200, CPU)
+
+
+def test_an_analysis_is_refused_before_a_model_is_loaded(monkeypatch):
+    """lab.analyze's default settings: 256 sequences of 4 layers' keys and values, 2 heads of 24
+    float32 numbers each, so 1,536 bytes a token; of at least 128 positions."""
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0.03 * GB)
+    with pytest.raises(ValueError, match="sampling takes 0.*but there are 0.03.*--dtype") as error:
+        check_memory("base", AnalysisSettings())
+    cache = float(str(error.value).partition("KV cache ")[2].partition(",")[0])
+    assert cache > 256 * 128 * 1536 / GB
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1 * GB)
+    check_memory("base", AnalysisSettings())
 
 
 def test_a_billion_prompts_are_refused_before_anything_is_made(tmp_path):
@@ -221,9 +274,11 @@ def test_memory_errors_are_a_sentence(error, monkeypatch):
     assert out_of_memory(error, "less") == "out of memory; less"
     assert "fewer --slots" in out_of_memory(error)
 
+    # All of it is on the second of three cards.
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 70 * 10**9)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 75 * 10**9)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", [0, 70 * 10**9, 0].__getitem__)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", [0, 75 * 10**9, 0].__getitem__)
     assert out_of_memory(error, "less") == (
         "out of memory, with 70 GB allocated and 75 GB reserved on the GPU; less"
     )

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from model import load
-from plumbing.metrics import count_unknown, critic_metrics, policy_metrics, step_times
+from plumbing.metrics import (
+    UpdateSums,
+    count_unknown,
+    critic_metrics,
+    policy_metrics,
+    step_times,
+)
 from rollout import Episode
 
 
@@ -141,3 +147,24 @@ def test_tokens_that_the_tokenizer_does_not_know_are_counted():
     assert count_unknown(episodes, tokenizer) == 3
     assert count_unknown(episodes[:1], tokenizer) == 0
     assert tokenizer.decode(responses[1]) == tokenizer.decode(known[:2])
+
+
+def test_an_updates_sums_are_those_of_adding_up_numbers():
+    """Counts, float32 and bfloat16 numbers of three micro-batches, as Python's floats, in which
+    they are exact; of the largest gap, the largest."""
+    parts = [(3, 0.1, 0.5), (4, 0.2, 0.25), (2**20 + 1, 1e-8, 0.75)]
+    sums = UpdateSums()
+    for tokens, loss, gap in parts:
+        sums.add({"tokens": torch.tensor(tokens), "loss": torch.tensor(loss)})
+        sums.add({"gap_max": torch.tensor(gap).bfloat16()})
+    sums.add({"grad_norm": torch.tensor(2.5)})
+    sums.score_s += 1.5
+
+    in_float32 = [float(torch.tensor(loss)) for _, loss, _ in parts]
+    assert sums.total() == {
+        "tokens": sum(tokens for tokens, _, _ in parts),
+        "loss": sum(in_float32),
+        "gap_max": 0.75,
+        "grad_norm": 2.5,
+        "score_s": 1.5,
+    }

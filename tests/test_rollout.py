@@ -186,6 +186,41 @@ def test_the_samplers_own_frequencies_match_the_model(qwen2):
     assert chi_square(counts, expected) < 100.0  # 99.9 % quantile at 60 degrees: 99.6
 
 
+def first_above(p, u):
+    """The first token whose cumulative probability exceeds u of the whole, added up one by one."""
+    whole = sum(p)
+    cumulative = 0.0
+    for token, probability in enumerate(p):
+        cumulative += probability
+        if cumulative > u * whole:
+            return token
+
+
+def test_the_drawn_token_is_the_first_whose_cumulative_probability_exceeds_u(monkeypatch):
+    """Against a loop in Python's floats: equal probabilities, impossible tokens first, amid and last,
+    u at 0, at a boundary to the bit, beside it, and next to 1."""
+    impossible = -1e4
+    rows = [
+        [0.0, 0.0, 0.0, 0.0],
+        [impossible, 0.0, 0.0, impossible],
+        [0.0, impossible, impossible, 0.0],
+        [impossible, impossible, impossible, 1.0],
+        [2.0, -3.0, 0.5, impossible],
+    ]
+    below = 2.0**-53
+    numbers = [0.0, below, 0.25 - below, 0.25, 0.25 + below, 0.5, 0.75, 0.9, 1 - below]
+    z = torch.tensor([row for row in rows for _ in numbers])
+    u = torch.tensor(numbers * len(rows), dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: u.view(shape))
+
+    token, _, _ = sample(z, 1.0, 1.0, generator=None)
+    p = (z - z.logsumexp(dim=-1, keepdim=True)).exp()
+    want = [first_above(row, number) for row, number in zip(p.tolist(), u.tolist())]
+    assert token.tolist() == want
+    assert want[:9] == [0, 0, 0, 1, 1, 2, 3, 3, 3]
+    assert want[9:18] == [1, 1, 1, 1, 1, 2, 2, 2, 2]
+
+
 def slow_nucleus(p, top_p):
     """Likeliest first, until the mass reaches top_p."""
     kept = set()
@@ -415,3 +450,11 @@ def test_no_prompts_no_episodes(model, random):
         generator=random,
     )
     assert episodes == []
+
+
+def test_a_prompt_with_a_token_that_the_model_lacks_is_refused(model):
+    """112 words: 111 is the last. Without the check this is an IndexError, on a GPU an abort."""
+    sampler = Sampler(model, slots=4, max_length=20, eos_ids=[0])
+    sampler.generate([[1, 111]], 1, 2, 1.0, dice(0))
+    with pytest.raises(ValueError, match="a prompt has the token 112, and the model has 112: the"):
+        sampler.generate([[1, 2], [1, 112, 3]], 1, 2, 1.0, dice(0))

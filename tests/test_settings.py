@@ -5,9 +5,18 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 import train
-from plumbing.settings import Settings, check, parse_flags, run_name
+from plumbing.run import open_run, settings_of_run
+from plumbing.settings import (
+    ADDED_LATER,
+    Settings,
+    check,
+    parse_flags,
+    pick_device,
+    run_name,
+)
 from tasks.countdown import Countdown
 from training_runs import refusal, run_command
 
@@ -160,3 +169,44 @@ def test_flags_change_the_settings_that_they_name_and_no_other():
     assert s.clip_high == 0.2
     assert s.kappa == 2.0
     check(s)
+
+
+def test_a_gpu_has_larger_micro_batches_which_do_not_change_the_runs_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Settings().micro_tokens == Settings(device="cpu").micro_tokens == 2048
+    assert Settings(device="cuda:1").micro_tokens == 8192
+    assert Settings(device="cuda", micro_tokens=64).micro_tokens == 64
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert Settings().micro_tokens == 8192
+    assert run_name(Settings()) == "grpo"
+    assert run_name(Settings(micro_tokens=2048)) == "grpo-microtokens=2048"
+    assert run_name(Settings(device="cpu")) == "grpo-device=cpu"
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_each_process_of_torchrun_takes_a_gpu_of_its_own(monkeypatch, name):
+    def empty(size: int, device: str) -> Tensor:
+        return Tensor(torch.device(device))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", empty)
+    assert pick_device(name) == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert pick_device(name) == torch.device("cuda:3")
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+
+
+@dataclasses.dataclass
+class Tensor:
+    device: torch.device
+
+
+def test_a_run_from_before_a_setting_was_made_goes_on_with_what_it_meant(tmp_path):
+    folder = open_run(Settings(out=str(tmp_path), micro_tokens=512), "run")
+    config = json.loads((folder / "config.json").read_text())
+    for name in ADDED_LATER:
+        del config[name]
+    (folder / "config.json").write_text(json.dumps(config))
+    s = settings_of_run(str(folder))
+    assert s.graph is True
+    assert s.micro_tokens == 512

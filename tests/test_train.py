@@ -88,7 +88,7 @@ class Recorder:
             return update(model, optimizer, episodes, old_logp, advantage, s)
 
         def spy_score(model, tokens, prompt_len, total_len, temperature, **options):
-            self.scored.add((torch.is_autocast_enabled("cpu"), temperature))
+            self.scored.add((torch.is_autocast_enabled(tokens.device.type), temperature))
             return score(model, tokens, prompt_len, total_len, temperature, **options)
 
         def spy_reward(problem, response, finished):
