@@ -8,23 +8,26 @@ Samples responses (or reads saved ones), takes every token's entropy under the m
     rare behaviours      the 10 % of sentences furthest from their 5 nearest sentences of the first
                          model, with the rest
 
-over all, within bins of position, difficulty and length, and each kind with all the rest; then what
-the models' responses do (Section 6). Tables are printed; report.json, entropy.png (Figure 2) and
-responses.html (Figure 1) go to --out.
+over all, within bins of position, difficulty and length, and each kind with all the rest; English
+also with words as frequent and at the same place; then what the models' responses do (Section 6).
+Tables are printed; report.json, entropy.png (Figure 2) and responses.html (Figure 1) go to --out.
 
     lab/exploration.py       what counts as pivotal and reflective
     lab/reading.py           a response taken apart and scored
     lab/comparison.py        what counts as rare; entropy of one kind beside the others
+    lab/word_controls.py     English: exploratory words beside like words
     lab/response_figures.py  what responses do
     lab/resampling.py        intervals and the permutation test
     lab/entropy_report.py    tables and picture
     lab/page.py              the coloured page
+    lab/english.py           reports of English saved, tabulated and drawn
 
 Ours, where the paper is silent: most words, and the splitter; sentence vectors, means of the first
 model's last hidden states over the sentence read alone; 95 % intervals by a bootstrap over
 problems; Cohen's d; the permutation test. End tokens are left out, and the last sentence of a
-response cut at the limit. Difficulty is minus the chains that solve a countdown, or a saved
-`level`.
+response cut at the limit. Difficulty is minus the chains that solve a countdown, a saved `level`,
+or the share of the model's own answers that are wrong. Entropies are of the whole distribution at
+--temperature, whatever --top-p the samples had.
 
 On countdown the entropy of what the pivotal tokens are compared with is near 0 by construction
 (see lab/exploration.py), so what informs is the base beside the trained model.
@@ -42,12 +45,29 @@ from lab.comparison import compare_kinds, compare_rare, nearest
 from lab.entropy_report import draw_entropy, tables
 from lab.exploration import COUNTDOWN, TEXT
 from lab.page import page
-from lab.reading import Reading, read_responses
+from lab.reading import SLOTS, Reading, read_responses
 from lab.response_figures import response_figures
-from plumbing.pretrained import find_folder
-from plumbing.settings import flag, parse_flags
+from lab.word_controls import (
+    kind_counts,
+    pivotal_controls,
+    reflective_controls,
+    single_words,
+)
+from model import count_parameters
+from plumbing.memory import out_of_memory, plan_evaluation
+from plumbing.pretrained import find_folder, open_pretrained
+from plumbing.settings import (
+    DTYPES,
+    TEMPLATE_NAMES,
+    EvaluationSettings,
+    flag,
+    parse_flags,
+    pick_device,
+)
+from tasks import load_task
 
 SHOWN = 3  # problems on the page
+MAY_HELP = "what may help: less --max-new-tokens, --dtype bfloat16, a smaller model"
 
 
 @dataclass
@@ -59,9 +79,11 @@ class Settings:
         type=str,
     )
     task: str = flag("countdown", "countdown, or math, whose responses are taken apart as English")
-    data: str = flag("", "math: the training data, whose validation problems are taken")
-    template: str = flag(
-        "dapo", "math: how a problem is put", choices=("dapo", "qwen-math", "chat", "none")
+    data: str = flag("", "math: the training data, whose splits are train and validation")
+    test_data: str = flag("", "math: the test data")
+    template: str = flag("dapo", "math: how a problem is put", choices=TEMPLATE_NAMES)
+    split: str = flag(
+        "validation", "whose problems are taken", choices=("train", "validation", "test")
     )
     saved: str = flag(
         "",
@@ -71,7 +93,9 @@ class Settings:
     problems: int = flag(50, "how many, from the start")
     samples: int = flag(16, "responses per problem")
     temperature: float = flag(1.0, "of the samples and of the entropies")
+    top_p: float = flag(1.0, "of the samples alone: entropies are of the whole distribution")
     max_new_tokens: int = flag(128, "longest response, in tokens")
+    dtype: str = flag("float32", "of the weights and of the arithmetic", choices=DTYPES)
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
     out: str = flag("runs/analysis", "folder for the report, the picture and the page")
 
@@ -82,10 +106,30 @@ def check(s: Settings) -> None:
         raise ValueError("--problems, --samples and --max-new-tokens must be at least 1")
     if not 1e-3 <= s.temperature <= 1e3:
         raise ValueError("--temperature must be from 0.001 to 1000")
+    if not 0 < s.top_p <= 1:
+        raise ValueError("--top-p must be greater than 0 and at most 1")
     for name in s.models:
         find_folder(name)
     if find_spec("matplotlib") is None:
         raise ValueError("the picture needs matplotlib: pip install matplotlib")
+
+
+def check_memory(name: str, s: Settings) -> None:
+    """ValueError, before the model is loaded, if sampling from it takes more than there is."""
+    pretrained = open_pretrained(name)
+    task = load_task(s.task, s.data, s.test_data, s.template)
+    problems = getattr(task, s.split)[: s.problems]
+    prompts = [len(task.encode(problem, pretrained.tokenizer)) for problem in problems]
+    plan_evaluation(
+        pretrained.config,
+        count_parameters(pretrained.config),
+        EvaluationSettings(max_new_tokens=s.max_new_tokens, top_p=s.top_p, dtype=s.dtype),
+        length=max(prompts, default=0) + s.max_new_tokens,
+        rows=min(SLOTS, len(problems) * s.samples),
+        problems=len(problems),
+        device=pick_device(s.device),
+        may_help=MAY_HELP,
+    )
 
 
 @torch.no_grad()
@@ -97,15 +141,26 @@ def analyze(s: Settings) -> dict:
     pivotal: dict[str, dict] = {}
     reflective: dict[str, dict] = {}
     rare: dict[str, dict] = {}
+    matched: dict[str, dict] = {"pivotal tokens": {}, "reflective actions": {}}
+    words: dict[str, dict] = {}
+    counts: dict[str, dict] = {}
     answers: dict[int, dict[str, Reading]] = {}  # problem -> model -> its first response
     base_vectors = None
     base_sentences: list[str] = []
 
     for name in dict.fromkeys(s.models):
+        if not s.saved:
+            check_memory(name, s)
         vectors, readings = read_responses(name, s)
         behaviour[name] = response_figures(readings, kinds)
         pivotal[name] = compare_kinds(readings, Reading.token_spans, kinds.tokens)
         reflective[name] = compare_kinds(readings, Reading.sentence_spans, kinds.sentences)
+
+        counts[name] = kind_counts(readings, kinds)
+        if kinds is TEXT:  # countdown has no words
+            matched["pivotal tokens"][name] = pivotal_controls(readings, kinds)
+            words[name] = single_words(readings, kinds)
+            matched["reflective actions"][name] = reflective_controls(readings, kinds)
 
         # Rare is what the first model hardly says, and its own states measure the distance.
         sentences = [text for reading in readings for text in reading.sentence_texts()]
@@ -128,6 +183,9 @@ def analyze(s: Settings) -> dict:
             "reflective actions": reflective,
             "rare behaviours": rare,
         },
+        "controls": matched,
+        "words": words,
+        "counts": counts,
         "answers": [plain_answers(case) for case in shown],
     }
     print(
@@ -138,7 +196,7 @@ def analyze(s: Settings) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     (out / "responses.html").write_text(page(shown, kinds), encoding="utf-8")
     write_json(report, out / "report.json")
-    draw_entropy(report["comparisons"], out / "entropy.png")
+    draw_entropy(report, out / "entropy.png")
     return report
 
 
@@ -158,3 +216,5 @@ if __name__ == "__main__":
         analyze(parse_flags(Settings, __doc__))
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"lab.analyze: {error}")
+    except (MemoryError, RuntimeError) as error:
+        sys.exit(f"lab.analyze: {out_of_memory(error, MAY_HELP)}")

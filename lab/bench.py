@@ -16,6 +16,14 @@ that whatever else the machine does meets both; the first turn warms up and does
 is the peer's seconds over ours in that turn. The learning rate is 0: every turn has the same
 weights. No gradient checkpointing; bf16 only where it says so.
 
+`--model FOLDER` has another model decode, refill and update than the embedded one. One of 135 M
+parameters takes minutes on two cores with `--dtype fp32 --slots 16 --prompts 4 --new-tokens 32
+--turns 3`. OMP_NUM_THREADS=1 in front is one thread.
+
+On a GPU transformers compiles generate's forward pass for a static cache, which takes minutes and
+needs a C compiler. It does so in the turns that do not count; `--warm-up 2` makes sure that nothing
+is left to compile or to capture in those that do.
+
 Not equal: our sampler records log-probabilities and entropies and keeps its cache between turns,
 generate does neither. Natural lengths are drawn anew every turn. TRL has no entropy advantage and
 scores a rollout again, where we trust the sampler.
@@ -53,6 +61,7 @@ from model import load
 from plumbing.batch import micro_batches
 from plumbing.memory import peak_memory
 from plumbing.optimizer import make_optimizer
+from plumbing.pretrained import EMBEDDED
 from plumbing.seeds import seeded_generator
 from plumbing.settings import Settings as TrainSettings
 from plumbing.settings import check_numbers, flag, parse_flags, pick_device
@@ -61,6 +70,7 @@ from rollout import Episode, Sampler
 # The peers are imported where they are needed: the memory of our side must not hold their libraries.
 
 COMMANDS = ("decode", "refill", "update", "step", "memory", "growth")
+OF_ANY_MODEL = COMMANDS[:3]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROMPT = 16  # decode: tokens of a made-up prompt
 NEVER = (-1,)  # end tokens of responses that go on to the limit
@@ -74,10 +84,13 @@ class Settings:
     commands: tuple = flag(
         (), "what to measure: " + ", ".join(COMMANDS), nargs="+", type=str, choices=COMMANDS
     )
+    model: str = flag(EMBEDDED, "decode, refill, update: of a folder or a hub id")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
+    dtype: str = flag("", "decode, refill: by default both", choices=("", *PRECISIONS))
     turns: int = flag(7, "timed turns")
+    warm_up: int = flag(1, "decode, refill, update: turns before that, which do not count")
     slots: int = flag(512, "decode, refill: sequences at a time")
-    new_tokens: int = flag(LIMIT, "decode: tokens per sequence")
+    new_tokens: int = flag(LIMIT, "decode, refill, update: tokens per sequence, at most")
     prompts: int = flag(32, f"update, step, memory: problems of a rollout, {SAMPLES} answers each")
     equal: float = flag(
         0.23,
@@ -95,24 +108,31 @@ def check(s: Settings) -> None:
         raise ValueError(f"--prompts must be a multiple of {MINIBATCH}; it is {s.prompts}")
     if s.equal > 1:
         raise ValueError(f"--equal must be a share from 0 to 1; it is {s.equal}")
+    for command in s.commands:
+        if s.model != EMBEDDED and command not in OF_ANY_MODEL:
+            raise ValueError(f"--model goes with {', '.join(OF_ANY_MODEL)}; not with {command}")
+
+
+def precisions(s: Settings) -> dict[str, torch.dtype]:
+    return {name: dtype for name, dtype in PRECISIONS.items() if s.dtype in ("", name)}
 
 
 def decode(s: Settings, device: torch.device) -> Turns:
     from lab.bench_transformers import peer_generate, peer_model
 
-    model = load("base", device)[0]
+    model = load(s.model, device)[0]
     # Any tokens will do as prompts, because no response ends before the limit.
     random = seeded_generator(0, 0, "bench")
     prompts = torch.randint(1, len(model.head), (s.slots, PROMPT), generator=random).tolist()
     sides = {}
-    for name, dtype in PRECISIONS.items():
+    for name, dtype in precisions(s).items():
         sampler = Sampler(model, s.slots, PROMPT + s.new_tokens, NEVER, dtype)
         peer = peer_model(model, dtype)
         generate = partial(peer_generate, peer, prompts, s.new_tokens, eos=None)
         sides[f"ours, {name}"] = partial(our_decode, sampler, prompts, s.new_tokens)
         sides[f"generate, {name}"] = generate
         sides[f"generate, {name}, static cache"] = partial(generate, cache="static")
-    return alternate(sides, s.turns)
+    return alternate(sides, s.turns, s.warm_up)
 
 
 def our_decode(sampler: Sampler, prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
@@ -122,16 +142,17 @@ def our_decode(sampler: Sampler, prompts: Sequence[Sequence[int]], new_tokens: i
 def refill(s: Settings, device: torch.device) -> Turns:
     from lab.bench_transformers import peer_generate_batches, peer_model
 
-    model = load("base", device)[0]
-    prompts = encoded_prompts(4 * s.slots // SAMPLES)  # four times as many sequences as slots
+    model = load(s.model, device)[0]
+    # Four times as many sequences as slots.
+    prompts = encoded_prompts(4 * s.slots // SAMPLES, s.model)
     turn = itertools.count()
 
     def our_refill(sampler: Sampler) -> int:
-        return count_tokens(sample(sampler, prompts, SAMPLES, LIMIT, next(turn)))
+        return count_tokens(sample(sampler, prompts, SAMPLES, s.new_tokens, next(turn)))
 
     sides = {}
-    for name, dtype in PRECISIONS.items():
-        sampler = Sampler(model, s.slots, len(prompts[0]) + LIMIT, model.eos_ids, dtype)
+    for name, dtype in precisions(s).items():
+        sampler = Sampler(model, s.slots, len(prompts[0]) + s.new_tokens, model.eos_ids, dtype)
         sides[f"ours, {name}"] = partial(our_refill, sampler)
         sides[f"generate, {name}, static batches"] = partial(
             peer_generate_batches,
@@ -139,21 +160,22 @@ def refill(s: Settings, device: torch.device) -> Turns:
             prompts,
             samples=SAMPLES,
             slots=s.slots,
-            new_tokens=LIMIT,
+            new_tokens=s.new_tokens,
             eos=model.eos_ids[0],
         )
-    return alternate(sides, s.turns)
+    return alternate(sides, s.turns, s.warm_up)
 
 
 def update(s: Settings, device: torch.device) -> Turns:
     """Every sequence has an advantage, so ours leaves none out: equal tokens."""
     from lab.bench_transformers import peer_model, peer_update
 
-    model = load("base", device)[0]
+    model = load(s.model, device)[0]
     peer = peer_model(model)
     settings = TrainSettings(lr=0.0)
-    sampler = Sampler(model, ROLLOUT_SLOTS, 2 * LIMIT, model.eos_ids)
-    episodes = sample(sampler, encoded_prompts(s.prompts), SAMPLES, LIMIT)
+    prompts = encoded_prompts(s.prompts, s.model)
+    sampler = Sampler(model, ROLLOUT_SLOTS, len(prompts[0]) + s.new_tokens, model.eos_ids)
+    episodes = sample(sampler, prompts, SAMPLES, s.new_tokens)
     reward = rewards(s.prompts, equal=0.0)
     optimizer = make_optimizer(model, 0.0, settings)
     peer_optimizer = torch.optim.AdamW(peer.parameters(), 0.0, weight_decay=0.01)
@@ -177,7 +199,7 @@ def update(s: Settings, device: torch.device) -> Turns:
         "transformers, 32 at a time": partial(theirs, in_order),
         "transformers, our micro-batches": partial(theirs, like_ours),
     }
-    return alternate(sides, s.turns)
+    return alternate(sides, s.turns, s.warm_up)
 
 
 def step(s: Settings, device: torch.device, equal: float) -> Turns:

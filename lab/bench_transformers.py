@@ -4,7 +4,7 @@ from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from advantage import policy_loss, shape_with_entropy
 from lab.bench_work import count_tokens, minibatches, wait_for_device
@@ -16,9 +16,9 @@ from rollout import Episode
 Cut = Callable[[Sequence[Episode]], list[list[int]]]  # an optimizer step -> its micro-batches
 
 
-def peer_model(model: Transformer, dtype: torch.dtype = torch.float32) -> Qwen2ForCausalLM:
+def peer_model(model: Transformer, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """transformers' model of the same weights."""
-    peer = Qwen2ForCausalLM(Qwen2Config.from_dict(model.config))
+    peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.config)).float()
     weights = {"lm_head.weight": model.head}
     for name, tensor in model.state_dict().items():
         peer_name = name if name.startswith("lm_head") else f"model.{name}"

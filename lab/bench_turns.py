@@ -8,12 +8,12 @@ import numpy as np
 Turns = dict[str, list[tuple[float, int]]]  # side -> seconds and tokens of every turn
 
 
-def alternate(sides: dict[str, Callable[[], int]], turns: int) -> Turns:
+def alternate(sides: dict[str, Callable[[], int]], turns: int, warm_up: int = 1) -> Turns:
     """Runs the sides in turn, so that whatever else the machine does meets all of them; the order
     is turned round every time. Each side returns how many tokens it dealt with, once the device is
-    done. One turn more comes first, to warm up, and does not count."""
+    done. `warm_up` turns more come first and do not count."""
     taken: Turns = {name: [] for name in sides}
-    for turn in range(turns + 1):
+    for turn in range(warm_up + turns):
         order = list(sides)
         if turn % 2 == 0:
             order.reverse()
@@ -21,11 +21,11 @@ def alternate(sides: dict[str, Callable[[], int]], turns: int) -> Turns:
             started = time.perf_counter()
             tokens = sides[name]()
             taken[name].append((time.perf_counter() - started, tokens))
-    return without_first(taken)
+    return without_first(taken, warm_up)
 
 
-def without_first(taken: Turns) -> Turns:
-    return {name: turns[1:] for name, turns in taken.items()}
+def without_first(taken: Turns, count: int = 1) -> Turns:
+    return {name: turns[count:] for name, turns in taken.items()}
 
 
 def quartiles(values: Sequence[float]) -> str:

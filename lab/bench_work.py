@@ -15,6 +15,7 @@ from advantage import group_advantage
 from model import Transformer, load
 from plumbing.batch import pad_responses
 from plumbing.optimizer import make_optimizer
+from plumbing.pretrained import EMBEDDED, open_pretrained
 from plumbing.seeds import seeded_generator
 from plumbing.settings import Settings as TrainSettings
 from rollout import Episode, Sampler
@@ -26,13 +27,18 @@ LIMIT = 128  # longest response
 ROLLOUT_SLOTS = 512  # sequences sampled at a time in a step
 
 
-def encoded_prompts(count: int) -> list[list[int]]:
+def encoded_prompts(count: int, model: str = EMBEDDED) -> list[list[int]]:
     """Prompts of the task, of one length, so that the peer needs no padding."""
     task = load_task("countdown")
-    tokenizer = load("base")[1]
-    prompts = [task.encode(problem, tokenizer) for problem in task.train[: 4 * count]]
-    equally_long = [prompt for prompt in prompts if len(prompt) == len(prompts[0])]
-    return equally_long[:count]
+    tokenizer = open_pretrained(model).tokenizer
+    prompts: list[list[int]] = []
+    for problem in task.train:
+        prompt = task.encode(problem, tokenizer)
+        if not prompts or len(prompt) == len(prompts[0]):
+            prompts.append(prompt)
+        if len(prompts) == count:
+            break
+    return prompts
 
 
 def rewards(groups: int, equal: float) -> Tensor:

@@ -1,8 +1,8 @@
 """What counts as exploratory, and how a response is taken apart into tokens and sentences.
 
 The paper's Section 2 names pivotal tokens and reflective actions, and a few words of each. Most of
-the words below are ours, and so is the splitter; both err: "the first term" counts as sequential,
-"a check for $20" as reflection. (Its rare behaviours need a model: see lab/comparison.py.)
+the words below are ours, and so is the splitter; both err: "since 2019" counts as causal, "wrong
+answers" as reflection. (Its rare behaviours need a model: see lab/comparison.py.)
 
 On countdown the pivotal tokens are the operators, and the operands there is a choice of. The others
 are `=`, results, and an operand when only one is left, whose entropy is near 0 by construction.
@@ -12,7 +12,7 @@ are not. `wait` and `so`, two outcomes of one decision, are on neither side.
 
 import itertools
 import re
-from typing import NamedTuple, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 import numpy as np
 
@@ -54,18 +54,33 @@ PIVOTAL = {
     ),
 }
 
+# Some of these are none where they count or name a thing: "the first day", "one third", "a note";
+# nor is "so" in "so many", or "yet" in "not yet".
+ALSO_NOUNS = ("first", "second", "third", "next", "note", "notice", "show", "shows")
+BEFORE_NOUN = re.compile(
+    r"(?:\b(?:the|an?|th(?:is|at|[eo]se)|its|his|her|their|our|my|your|each|every|any|per|very"
+    r"|one|two|three|four|five|six|seven|eight|nine|ten)|\d|['’]s)[^\S\n]$",
+    re.IGNORECASE,
+)
+SO_MUCH = re.compile(r"\s(?:far|many|much|long|few|little)\b", re.IGNORECASE)
+NOT_YET = re.compile(r"\bnot\s$", re.IGNORECASE)
+NEARBY = 12  # characters that these look at
+
 # In the order in which they are looked for: a sentence is of the first kind that it has a word of.
 REFLECTIVE_WORDS = {
     "verify": (
-        r"(?:re-?|double[- ])?(?:verif(?:y|ies|ied|ying|ication)|check(?:s|ed|ing)?)"
-        r"|(?:re-?)?confirm(?:s|ed|ing)?"
+        r"(?:re-?|double[- ])?verif(?:y|ies|ied|ying|ication)"
+        # Not those of hotels and of banks.
+        r"|(?:re-?|double[- ])?check(?:s|ed|ing)?"
+        r"(?!\s(?:in|into|out|each|per|from|for\s\$|to\s(?!see|make|be|ensure|confirm|verify)))"
+        r"|(?:re-?)?confirm(?:s|ing)?"
         r"|make\ssure"
         r"|(?:plug|substitut)(?:e|ed|ged|ging|ing)?(?:\s\S{1,20}){0,3}\sback"
     ),
     "correct": (
         r"mistakes?|mistaken|incorrect(?:ly)?|wrong|an\serror"
         r"|correct(?:ed|ing|ion)|(?:me|to)\scorrect"
-        r"|wait(?=\s?(?:[,.!:…—]|--))|hold\son|hmm+|actually(?=,)"
+        r"|(?:(?:but|oh|no)\s|(?<![a-z]\s))wait(?=\s?(?:[,.!:…—]|--))|hold\son|hmm+|actually(?=,)"
     ),
     "start again": (
         r"(?:try|start|begin)\s(?:again|over)"
@@ -95,13 +110,17 @@ REFLECTIVE = {kind: whole_words(words) for kind, words in REFLECTIVE_WORDS.items
 
 # Where a sentence ends. All repetitions are bounded, so that no text makes a search explode.
 BREAK = re.compile(
-    # A stop, though not that of "1." at the start of a line or of "e.g." ...
-    r"(?<!\n\d)(?<!\be\.g)(?<!\bi\.e)(?<!\bcf)[.!?]"
-    # ... with what closes behind it, before a capital or a formula.
-    r"(?:\$\$?|\\[)\]]|[\"')\]”]){0,3}(?=\s{1,9}(?:[A-Z$\\(]|\[asy))"
+    # A stop, though not that of an abbreviation or a numbered line (see ends_sentence) ...
+    r"[.!?]"
+    # ... with what closes behind it, before a capital, a number or a formula.
+    r"(?:\$\$?|\\[)\]]|[\"')\]”*]){0,3}(?=\s{1,9}(?:[\"“(*]{0,3}[A-Z0-9$\\(]|\[asy))"
     # The end of a line, unless the next goes on in small letters or is a formula.
-    r"|\n(?=\s{0,9}(?:[A-Z#*]|\[asy|-\s|\d{1,3}\.\s))"
+    r"|\n(?=\s{0,9}(?:[A-Z#*]|\[asy|-\s|\d{1,3}[.)]\s))"
 )
+
+ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|cf|vs|Mrs?|Ms|Dr|St|Fig|Eq|approx)$")
+# "1" of "1." or "**10" of "**10." at the start of a line.
+LINE_NUMBER = re.compile(r"[ \t>#*-]{0,8}\d{1,3}")
 
 TEXT = Kinds(
     tokens={**dict.fromkeys(PIVOTAL, True), "other": False, "within a word": False},
@@ -143,15 +162,28 @@ def token_kinds(text: str, pieces: Sequence[str]) -> list[str]:
 
     categories = list(PIVOTAL)
     ends = np.cumsum([len(piece) for piece in pieces], dtype=int)
-    for word in WORD.finditer(text):
+    for word in pivotal_words(text):
         token = int(np.searchsorted(ends, word.start(), side="right"))
         kinds[token] = categories[word.lastindex - 1]
     return kinds
 
 
+def pivotal_words(text: str) -> Iterator[re.Match]:
+    """Those of WORD that mean what their category says."""
+    for found in WORD.finditer(text):
+        word = found.group().lower()
+        before = text[max(0, found.start() - NEARBY) : found.start()]
+        after = text[found.end() : found.end() + NEARBY]
+        is_noun = word in ALSO_NOUNS and BEFORE_NOUN.search(before)
+        is_degree = word == "so" and SO_MUCH.match(after)
+        is_time = word == "yet" and NOT_YET.search(before)
+        if not (is_noun or is_degree or is_time):
+            yield found
+
+
 def sentence_bounds(text: str, pieces: Sequence[str]) -> list[tuple[int, int]]:
     """First token, and the one after the last, of everything between two breaks."""
-    breaks = [found.end() for found in BREAK.finditer(text)]
+    breaks = sentence_ends(text)
 
     # A token belongs to the sentence of its first character that is no space: " Then" opens one.
     begins = []
@@ -161,6 +193,19 @@ def sentence_bounds(text: str, pieces: Sequence[str]) -> list[tuple[int, int]]:
         begins.append(end - len(piece.lstrip() or piece))
     number = np.searchsorted(breaks, begins, side="right").tolist()  # of its sentence, per token
     return stretches(number)
+
+
+def sentence_ends(text: str) -> list[int]:
+    """The place behind each sentence but the last."""
+    return [found.end() for found in BREAK.finditer(text) if ends_sentence(text, found)]
+
+
+def ends_sentence(text: str, found: re.Match) -> bool:
+    if not found.group().startswith("."):
+        return True
+    before = text[max(0, found.start() - NEARBY) : found.start()]
+    line_so_far = before.rpartition("\n")[2]
+    return not (ABBREVIATION.search(before) or LINE_NUMBER.fullmatch(line_so_far))
 
 
 def reflection_of(sentence: str) -> str:

@@ -39,7 +39,7 @@ class Answer:
     prompt: list[int]  # token ids, as are those of the response, without its end token
     response: list[int]
     finished: bool  # False: cut at the limit
-    level: float  # how hard the file says the problem is, nan if it does not
+    level: float  # how hard the problem is, nan if that is not known
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Reading:
 def read_responses(name: str, s) -> tuple[Callable[[Sequence[str]], torch.Tensor], list[Reading]]:
     """Samples (or reads) and scores, under lab.analyze's settings `s` -> what makes unit vectors
     [N, width] of N sentences, and the responses."""
-    model, tokenizer = load(name, pick_device(s.device))
+    model, tokenizer = load(name, pick_device(s.device), getattr(torch, s.dtype))
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
     if s.saved:
         answers = saved_answers(s.saved, s.problems, encode)
@@ -115,9 +115,12 @@ def saved_answers(file: str, count: int, encode: Callable[[str], list[int]]) -> 
 
 
 def sampled_answers(model: Transformer, tokenizer, name: str, s) -> list[Answer]:
-    """Answers to the first validation problems of a task. End tokens are left out."""
-    task = load_task(s.task, s.data, "", s.template)
-    problems = task.validation[: s.problems]
+    """Answers to the first problems of a split. End tokens are left out. ValueError without
+    problems."""
+    task = load_task(s.task, s.data, s.test_data, s.template)
+    problems = getattr(task, s.split)[: s.problems]
+    if not problems:
+        raise ValueError(f"{s.task} has no {s.split} problems")
     longest = max(len(task.encode(problem, tokenizer)) for problem in problems)
     sampler = Sampler(model, SLOTS, longest + s.max_new_tokens, model.eos_ids)
     answers = []
@@ -133,7 +136,7 @@ def sampled_answers(model: Transformer, tokenizer, name: str, s) -> list[Answer]
         )
         answers.append(answer)
 
-    count_solved(
+    graded = count_solved(
         sampler,
         tokenizer,
         task,
@@ -141,11 +144,18 @@ def sampled_answers(model: Transformer, tokenizer, name: str, s) -> list[Answer]
         samples=s.samples,
         max_new_tokens=s.max_new_tokens,
         temperature=s.temperature,
-        top_p=1.0,
+        top_p=s.top_p,
         seed=0,
         progress=name,
         watch=watch,
     )
+    # As hard as the model finds it: the share of its answers that are wrong. (Countdown has a
+    # measure of its own.)
+    level = {}
+    for problem, solved in zip(problems, graded["solved"]):
+        level[problem.prompt] = 1 - solved / s.samples
+    for answer in answers:
+        answer.level = level[answer.problem]
     return answers
 
 

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from readings import SENTENCES, text_model
 from test_page import Parsed
 
@@ -81,7 +82,8 @@ def test_english_is_read_from_a_file(tmp_path, qwen2, matplotlib):
         out=str(tmp_path / "out"),
         samples=2,
     )
-    comparisons = analyze(settings)["comparisons"]
+    report = analyze(settings)
+    comparisons = report["comparisons"]
     pivotal = comparisons["pivotal tokens"][str(folder)]
     reflective = comparisons["reflective actions"][str(folder)]
 
@@ -89,9 +91,20 @@ def test_english_is_read_from_a_file(tmp_path, qwen2, matplotlib):
     found = {category: pivotal[f"kind {category}"]["n"] for category in PIVOTAL}
     by_hand = {c: sum(categories.count(c) for _, categories, _ in SENTENCES) for c in PIVOTAL}
     assert found == by_hand
-    assert reflective["kind verify"]["n"] == 3
+    assert reflective["kind verify"]["n"] == 5
     assert {"difficulty 1 to 1", "difficulty 3 to 3"} <= set(pivotal)
     assert pivotal["kind within a word"]["n"] > 100
+    counts = report["counts"][str(folder)]
+    assert {category: counts["tokens"][category] for category in PIVOTAL} == by_hand
+    assert counts["sentences"]["verify"] == 5
+
+    # The controls have the same tokens; all words of a category are compared with other words.
+    matched = report["controls"]["pivotal tokens"][str(folder)]
+    for category, found in matched["other words"].items():
+        if category != "all":
+            assert found is None or found["n"] == by_hand[category]
+    assert matched["other words"]["all"]["n"] == sum(by_hand.values())
+    assert matched["other tokens"]["all"]["mean"] == pivotal["all"]["mean"]
 
 
 class TwoProblems:
@@ -126,6 +139,28 @@ def test_english_is_sampled(tmp_path, qwen2, monkeypatch, matplotlib):
     assert 1 < figures["tokens per response"]["mean"] <= 30
 
 
+def test_sampled_in_bfloat16_and_truncated(tmp_path, qwen2, monkeypatch, matplotlib):
+    """The entropies are of the whole distribution all the same: one nearly certain token at a time
+    is left by a top-p of 0.01, but the random model is as uncertain as before."""
+    folder, _ = text_model(qwen2, max_position_embeddings=2048)
+    monkeypatch.setattr(lab.reading, "load_task", lambda *_: TwoProblems)
+    settings = Settings(
+        models=(str(folder),),
+        task="math",
+        dtype="bfloat16",
+        top_p=0.01,
+        out=str(tmp_path / "out"),
+        samples=2,
+        max_new_tokens=30,
+    )
+    with torch.no_grad():
+        _, readings = lab.reading.read_responses(str(folder), settings)
+    assert readings[0].ids == readings[1].ids  # the likeliest token, always
+    assert min(readings[0].entropy) > 0.5 * np.log(340)
+    # Both problems are wrong in all answers.
+    assert {reading.difficulty for reading in readings} == {1.0}
+
+
 def test_the_smallest_run_there_is(small, matplotlib):
     analyze(Settings(**small))
 
@@ -135,6 +170,9 @@ def test_the_smallest_run_there_is(small, matplotlib):
     [
         (dict(models=("nowhere/at/all",)), "no model folder"),
         (dict(samples=0), "at least 1"),
+        (dict(top_p=0.0), "--top-p"),
+        (dict(task="math", split="test", test_data="no.jsonl"), "no.jsonl"),
+        (dict(task="math", split="test"), "no test problems"),
         (dict(temperature=0.0), "0.001"),
         (dict(task="x"), "unknown task"),
         (dict(saved="missing.jsonl"), "missing.jsonl"),

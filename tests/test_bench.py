@@ -3,11 +3,14 @@ tables are those of the saved turns."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 import lab.bench as bench
+import lab.bench_work as bench_work
 from lab.bench import Settings
 from lab.bench_transformers import peer_generate, peer_model, peer_update
 from lab.bench_turns import alternate, growth_table, quartiles, table
@@ -19,6 +22,7 @@ from plumbing.optimizer import make_optimizer
 from plumbing.seeds import seeded_generator
 from plumbing.settings import Settings as TrainSettings
 from rollout import Sampler
+from tasks import Problem
 
 TINY = dict(turns=1, slots=16, new_tokens=4, prompts=4)
 
@@ -93,6 +97,11 @@ def test_turns_alternate_and_the_first_does_not_count():
     assert [tokens for _, tokens in taken["ours"]] == [3, 6, 7]
     assert [tokens for _, tokens in taken["peer"]] == [4, 5, 8]
 
+    order.clear()
+    taken = alternate({"ours": side("a"), "peer": side("b")}, 1, warm_up=2)
+    assert order == list("ba" + "ab" + "ba")
+    assert taken["ours"][0][1] == 6 and len(taken["ours"]) == 1
+
 
 def test_ratios_are_taken_within_a_turn():
     taken = {
@@ -120,9 +129,54 @@ def test_the_commands_run_and_leave_their_figures(tmp_path, capsys):
     assert len(tokens_of_sides) == 1  # equal tokens
 
 
+def test_another_model_is_benched_beside_itself_in_transformers(qwen2, capsys):
+    """A Llama, in one precision: the peer's logits are those of the model that wrote the folder."""
+    folder, theirs = qwen2(family=LlamaConfig, num_hidden_layers=3)
+    peer = peer_model(load(str(folder))[0])
+    ids = torch.tensor([[5, 9, 2, 7]])
+    assert (peer(ids).logits - theirs(ids).logits).abs().max() < 1e-5
+    assert type(peer) is type(theirs)
+
+    shape = TINY | dict(model=str(folder), dtype="fp32", device="cpu")
+    record = bench.bench(Settings(commands=("decode", "refill", "update"), **shape))
+    assert list(record["decode"]) == [
+        "ours, fp32",
+        "generate, fp32",
+        "generate, fp32, static cache",
+    ]
+    assert {turns[0][1] for turns in record["decode"].values()} == {16 * 4}
+    assert list(record["refill"]) == ["ours, fp32", "generate, fp32, static batches"]
+    assert all(turns[0][1] <= 64 * 4 for turns in record["refill"].values())
+    ((_, tokens),) = record["update"]["ours"]
+    assert 64 <= tokens <= 64 * 4
+    assert "bf16" not in capsys.readouterr().out
+
+
+def test_prompts_are_of_one_length_in_any_tokenizer(monkeypatch):
+    """The first that are as long as the first of all, by a tokenizer of characters."""
+    problems = [Problem(text, "") for text in ("ab", "abc", "cd", "abcd", "ef", "gh")]
+    pretended = {
+        "load_task": lambda name: SimpleNamespace(train=problems, encode=characters),
+        "open_pretrained": lambda model: SimpleNamespace(tokenizer=list),
+    }
+    for name, instead in pretended.items():
+        monkeypatch.setattr(bench_work, name, instead)
+    found = encoded_prompts(3, "any")
+    assert ["".join(prompt) for prompt in found] == ["ab", "cd", "ef"]
+
+
+def characters(problem, tokenizer):
+    return tokenizer(problem.prompt)
+
+
 @pytest.mark.parametrize(
     "bad,sentence",
     [
+        (
+            dict(model="smollm2", commands=("decode", "step")),
+            "--model goes with decode, refill, update; not with step",
+        ),
+        (dict(warm_up=0), "--warm-up must be at least 1"),
         (dict(slots=10), "--slots must be a multiple of 16; it is 10"),
         (dict(prompts=5), "--prompts must be a multiple of 4; it is 5"),
         (dict(equal=1.5), "--equal must be a share from 0 to 1; it is 1.5"),
@@ -132,7 +186,7 @@ def test_the_commands_run_and_leave_their_figures(tmp_path, capsys):
 )
 def test_a_bad_setting_is_one_sentence(bad, sentence):
     with pytest.raises(ValueError, match=sentence):
-        bench.bench(Settings(commands=("decode",), **TINY | bad))
+        bench.bench(Settings(**dict(commands=("decode",)) | TINY | bad))
 
 
 def test_growth_varies_number_length_and_equal_groups(monkeypatch, capsys):

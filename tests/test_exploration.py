@@ -1,4 +1,4 @@
-"""lab/exploration.py: words and sentences against thirty sentences and a text checked by hand, an
+"""lab/exploration.py: words and sentences against forty-six sentences and two texts checked by hand, an
 independent count in real solutions, and searches that no text makes explode."""
 
 import json
@@ -8,14 +8,20 @@ from pathlib import Path
 import pytest
 from readings import SENTENCES, WORDS, C, Q
 
-from lab.exploration import BREAK, PIVOTAL, WORD, dissect_countdown, dissect_text
+from lab.exploration import (
+    PIVOTAL,
+    dissect_countdown,
+    dissect_text,
+    pivotal_words,
+    sentence_ends,
+)
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 PROMPT = "7 7 1 8 -> 23 ?"
 
 
-def test_there_are_thirty_sentences_checked_by_hand():
-    assert len(SENTENCES) == 30
+def test_there_are_forty_six_sentences_checked_by_hand():
+    assert len(SENTENCES) == 46
 
 
 @pytest.mark.parametrize("sentence,pivotal,reflection", SENTENCES)
@@ -29,6 +35,19 @@ def test_words_in_disguise_are_found_and_nothing_raises():
     """Case is ignored as Unicode does: a long s is an s, a dotless i an i."""
     kinds, _ = dissect_text(WORDS.findall("\u017fo F\u0131rst SINCE x, as\na result"))
     assert kinds == [C, Q, C, "other", C, "other", "other"]
+
+
+def test_a_number_before_the_end_of_a_line_counts_nothing():
+    """ "15 first" would count, but a new line begins a sentence."""
+    kinds, _ = dissect_text(WORDS.findall("It is 15\nFirst, add 15 first ones."))
+    assert [kind for kind in kinds if kind != "other"] == [Q]
+
+
+def split(text):
+    """The sentences of `text`, without those that are blank."""
+    ends = [0, *sentence_ends(text), len(text)]
+    between = [text[first:end].strip() for first, end in zip(ends, ends[1:])]
+    return [sentence for sentence in between if sentence]
 
 
 def test_sentences_end_where_a_reader_ends_them():
@@ -53,15 +72,34 @@ def test_sentences_end_where_a_reader_ends_them():
         "- first",
         "# Next",
     ]
-    ends = [0, *(found.end() for found in BREAK.finditer(text)), len(text)]
-    between = [text[first:end].strip() for first, end in zip(ends, ends[1:])]
-    assert [sentence for sentence in between if sentence] == sentences
+    assert split(text) == sentences
 
     # The same sentences, in whole tokens.
     pieces = WORDS.findall(text)
     _, spans = dissect_text(pieces)
     in_tokens = [" ".join("".join(pieces[span.first : span.end]).split()) for span in spans]
     assert in_tokens[:3] == sentences[:3]
+
+
+def test_sentences_of_a_small_model_end_where_a_reader_ends_them():
+    """As SmolLM2-135M-Instruct writes answers to GSM8K: numbered lists from the first character on,
+    bold heads, sums that open a sentence, titles, decimal points."""
+    text = (
+        "1. Set up the equation:\nLet x be 3.5 gallons. 16 - 3 = 13. She has 9 left.\n"
+        "   2. Mr. Smith pays $2.50 vs. Mrs. Lee's .75 dollars! **So** he saves.\n\n"
+        "**10. Find the sum.** Then:\n100 + 20 = 120\n3) Add them"
+    )
+    assert split(text) == [
+        "1. Set up the equation:",
+        "Let x be 3.5 gallons.",
+        "16 - 3 = 13.",
+        "She has 9 left.",
+        "2. Mr. Smith pays $2.50 vs. Mrs. Lee's .75 dollars!",
+        "**So** he saves.",
+        "**10. Find the sum.**",
+        "Then:\n100 + 20 = 120",
+        "3) Add them",
+    ]
 
 
 EXPLOSIVE = [
@@ -121,7 +159,7 @@ def test_real_solutions():
         for before, after in zip(parts, parts[1:]):
             alone += not (before[-1:].isalpha() or after[:1].isalpha())
     assert alone > 100
-    words = [word.group().lower() for text in solutions for word in WORD.finditer(text)]
+    words = [word.group().lower() for text in solutions for word in pivotal_words(text)]
     assert words.count("therefore") == alone
 
     # Every word is in a sentence, but for lone signs.

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lab import narrow
 from lab.arms import ARMS, BASE, CORE, FRESH, GRPO, GRPO_ENTROPY, MAP, OTHERS, PPO, key
 from lab.behaviour import Behaviour
 from lab.published import PAGE, RESULTS, page
@@ -343,19 +344,6 @@ def test_results_show_base_and_both_core_arms(core_rates):
     assert wanted in markdown_tables(PAGES["RESULTS"].read_text())
 
 
-def test_the_readme_quotes_the_levels_of_base_and_both_core_arms(core_rates):
-    head, rows = core_rates
-    level = {}
-    for title in ("Pass@1", "Pass@64"):
-        column = head.index(title)
-        level[title] = [row[column].split(" [")[0] for row in rows]
-    base, grpo, with_it = level["Pass@1"]
-    single = f"{base} for the base model, {grpo} for GRPO and {with_it} with the entropy advantage"
-    base, grpo, with_it = level["Pass@64"]
-    quoted = f"Pass@1 {single}; Pass@64 {base}, {grpo} and {with_it}"
-    assert quoted in in_one_line("README")
-
-
 def test_an_interval_over_problems_is_near_the_normal_approximation(study_text):
     """Pass@1 of the base."""
     rates = [count / 256 for count in TESTED["base"][0]["solved"]]
@@ -422,8 +410,9 @@ def test_the_primary_intervals_are_quoted_and_contain_zero(name, core):
     found = {k: interval_at(k, core[GRPO_ENTROPY], core[GRPO], SEEDS[name]) for k in KS}
     assert all(contains_zero(interval) for interval in found.values())
     row = f"| {name} | {as_quoted(found[1])} | {as_quoted(found[64])} |"
-    assert row in in_one_line("README")
     assert row in in_one_line("RESULTS")
+    if name == "all ten":
+        assert row in in_one_line("README")
 
 
 def test_both_pages_say_that_there_is_no_difference():
@@ -448,11 +437,10 @@ def test_the_other_arms_show_no_difference_at_any_k(rates):
             assert contains_zero(interval), (arm.name, k)
 
 
-@pytest.mark.parametrize("name", PAGES)
 @pytest.mark.parametrize("k", [1, 64])
-def test_the_intervals_of_ppo_are_quoted(k, name, rates):
+def test_the_intervals_of_ppo_are_quoted(k, rates):
     interval = interval_at(k, rates["PPO + entropy advantage"], rates[PPO], range(3))
-    assert f"Pass@{k} {without_bracket(interval)}" in in_one_line(name)
+    assert f"Pass@{k} {without_bracket(interval)}" in in_one_line("RESULTS")
 
 
 def test_a_gain_on_hard_problems_was_not_confirmed(rates):
@@ -475,7 +463,7 @@ def test_a_gain_with_kappa_4_was_not_confirmed(rates):
 
 
 def test_every_interval_in_the_text_is_one_of_the_tables(study_text, map_text):
-    known = study_text + map_text
+    known = study_text + map_text + narrow.tables(narrow.Settings())
     # Checks per response of all ten seeds are in no table.
     checks = {}
     for arm in (GRPO, GRPO_ENTROPY):
