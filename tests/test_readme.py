@@ -1,5 +1,5 @@
 """README.md and docs/: figures come from saved counts, commands parse, links lead somewhere, and the
-diffs do what they say, against values worked out by hand and TRL's own loss."""
+diffs do what they say, against values worked out by hand."""
 
 import json
 import re
@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from evaluate import report
-from model import load
 from plumbing.settings import EvaluationSettings, Settings, parse_flags
 
 README = Path("README.md").read_text()
@@ -125,71 +123,3 @@ def test_fork_with_a_schedule_for_alpha(tmp_path, monkeypatch):
     )
     module.train(settings)
     assert alphas == pytest.approx([0.3, 0.2, 0.1, 0.0])
-
-
-def trl_trainer(folder):
-    """The trainer of docs/real-models.md on the embedded model."""
-    datasets = pytest.importorskip("datasets")
-    trl = pytest.importorskip("trl")
-    snippets = re.findall(r"```python\n(.*?)```", REAL_MODELS, re.S)
-    scope = {}
-    exec(next(code for code in snippets if "GRPOTrainer" in code), scope)
-    settings = trl.GRPOConfig(
-        str(folder),
-        per_device_train_batch_size=4,
-        num_generations=4,
-        beta=0.0,
-        loss_type="grpo",
-        epsilon_high=0.28,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        temperature=1.0,
-    )
-    trainer = scope["EntropyAdvantageTrainer"](
-        AutoModelForCausalLM.from_pretrained("base"),
-        lambda completion_ids, **_: [0.0] * len(completion_ids),
-        settings,
-        datasets.Dataset.from_list([{"prompt": "7 7 1 8 -> 23 ?"}] * 4),
-        processing_class=load("base")[1],
-    )
-    trainer.current_gradient_accumulation_steps = 1
-    return trainer
-
-
-def test_the_entropy_advantage_in_trl(tmp_path):
-    """The trainer against the formula: TRL's own loss of the shaped advantages, and nothing
-    accumulates when TRL takes the same batch again."""
-    trainer = trl_trainer(tmp_path)
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(2, 112, (4, 8), generator=generator)
-    completion = torch.randint(2, 112, (4, 9), generator=generator)
-    mask = (torch.arange(9) < torch.tensor([[9], [4], [1], [7]])).long()
-    plain = torch.tensor([1.5, -0.5, -0.5, 0.0])
-
-    tokens = torch.cat((prompt, completion), dim=1)
-    with torch.no_grad():
-        z = trainer.model(tokens).logits[:, 7:-1].log_softmax(-1)
-    logp = z.gather(2, completion[..., None])[..., 0]
-    entropy = -(z.exp() * z).sum(-1)
-    old = logp + 0.3 * torch.randn(logp.shape, generator=generator)
-    inputs = {
-        "prompt_ids": prompt,
-        "prompt_mask": torch.ones_like(prompt),
-        "completion_ids": completion,
-        "completion_mask": mask,
-        "advantages": plain,
-        "old_per_token_logps": old,
-    }
-
-    def loss_of(advantage):
-        ratio = (logp - old).exp()
-        objective = torch.min(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
-        return float(((-objective * mask).sum(1) / mask.sum(1)).mean())
-
-    psi = torch.minimum(0.4 * entropy, plain.abs()[:, None] / 2)
-    want = loss_of(plain[:, None] + psi)
-    losses = [float(trainer._compute_loss(trainer.model, inputs)) for _ in range(2)]
-    assert losses == pytest.approx([want, want], abs=1e-5)
-    assert torch.equal(inputs["advantages"], plain)
-    assert abs(want - loss_of(plain[:, None])) > 1e-2
