@@ -38,7 +38,8 @@ PREFILL_TOKENS = 16384  # prompt tokens (with padding) per prefill, which bounds
 
 
 def round_up(length: int, device: torch.device) -> int:
-    """Positions of a cache for `length` tokens: a multiple of GROW_BY."""
+    """Positions of a cache for `length` tokens: a multiple of GROW_BY, on a GPU of
+    GROW_BY_ON_GPU."""
     multiple = GROW_BY_ON_GPU if device.type == "cuda" else GROW_BY
     return math.ceil(length / multiple) * multiple
 
@@ -50,7 +51,7 @@ class Episode:
     prompt: Tensor  # int64 [P]
     response: Tensor  # int64 [R], a sampled end token included
     logp: Tensor  # fp32 [R], of each response token under the sampled distribution
-    # For the log alone: the entropy advantage takes the current policy's, from model.score.
+    # Not what the entropy advantage takes: that is the current policy's, from model.score.
     entropy: Tensor  # fp32 [R], of that distribution, in nats
     finished: bool  # ended with an end token (False: cut at max_new_tokens)
     prompt_index: int  # which of the prompts given to generate
@@ -106,7 +107,7 @@ def texts(tokenizer, episodes: Sequence[Episode]) -> list[str]:
 class Sampler:
     """`slots` sequences at a time, each of at most `max_length` tokens with its prompt. `dtype` is
     that of the decode weights and the cache (default: the model's own, and then no copy is made).
-    """
+    `graph`: on a GPU, decode steps as CUDA graphs."""
 
     def __init__(
         self,
@@ -166,11 +167,10 @@ class Sampler:
         ValueError for settings or prompts out of their bounds."""
         self.check(prompts, max_new_tokens, temperature, top_p)
         slots = Slots(self, prompts, samples_per_prompt, max_new_tokens)
-        decode = partial(slots.decode, temperature, top_p, generator)
-        if self.graphs.wanted:
-            # A GPU is done with a step's kernels before Python has launched them, unless they are
-            # launched all at once.
-            decode = GraphedStep(decode, slots, generator, self.graphs)
+        eager = partial(slots.decode, temperature, top_p, generator)
+        # On a GPU, all kernels of a step are launched at once: it is done with them sooner than
+        # Python launches one by one. On a CPU this is the step itself.
+        decode = GraphedStep(eager, slots, generator, self.graphs) if self.graphs.wanted else eager
         bar = tqdm(
             total=len(slots.prompt_of),
             desc=progress,
@@ -222,7 +222,7 @@ class Sampler:
 
     def view_of_buffer(self, rows: int, length: int) -> Tensor:
         """A cache of `rows` and at least `length`, laid over the start of the buffer, in the same
-        memory as the cache before it: that one's contents have to be moved (lengthened, with_rows).
+        memory as the cache before it, whose contents must then be moved: lengthened, with_rows.
         Without gaps: matrix products over a slice of a longer cache take twice as long (measured on
         a CPU)."""
         layers, kinds, _, kv_heads, _, head_dim = self.buffer.shape
@@ -294,8 +294,8 @@ class Slots:
         self.rows = min(sampler.slots, len(self.prompt_of))
         self.reached = [0] * self.rows  # position of each slot
 
-        # What the device knows, as of the last token. A decode step changes these in place: it may
-        # be a recording, which knows their memory and not their names.
+        # What the device knows, as of the last token. A decode step changes these in place: a CUDA
+        # graph (plumbing/decode_graph.py) is replayed on their addresses.
         self.device = sampler.device
         self.eos = self.on_device(sampler.eos_ids)
         self.newest = self.zeros(torch.int64, self.rows)  # [S], the token to decode next
@@ -372,8 +372,10 @@ class Slots:
         # Layer by layer, because the rows that are taken from the bank are copied. What lies behind
         # a shorter prompt is padding: masked, until the slot's own tokens are written over it.
         prefilled = self.bank.shape[4]
-        for cache, bank in zip(self.cache, self.bank):  # [2, S or prompts, kv_heads, L, d]
-            cache[:, slots, :, :prefilled] = bank[:, in_bank]
+        for layer_cache, layer_bank in zip(
+            self.cache, self.bank
+        ):  # [2, S or prompts, kv_heads, L, d]
+            layer_cache[:, slots, :, :prefilled] = layer_bank[:, in_bank]
         self.newest[slots] = newest
         self.position[slots] = position
         self.count[slots] = 0

@@ -68,7 +68,7 @@ from tasks import Problem, load_task
 
 
 class Trained(NamedTuple):
-    """Unpacked, with *, these are the first two arguments of an update."""
+    """A module and its optimizer; with *, the first two arguments of an update."""
 
     module: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -98,7 +98,7 @@ def training_step(step: int, learner: Learner, s: Settings) -> StepRecord:
     record = StepRecord()
 
     # Sample: several answers to each of the step's problems.
-    problems = problems_of_step(learner.problems, s.prompts, step - 1, s.seed)  # it counts from 0
+    problems = problems_of_step(learner.problems, s.prompts, step - 1, s.seed)  # counted from 0
     problems = my_share(problems, s.minibatch, learner.rank, learner.world)
     prompts = [learner.task.encode(problem, learner.tokenizer) for problem in problems]
     generator = rollout_generator(step, learner, s)
@@ -203,8 +203,8 @@ def update(
         loss = loss - s.entropy_coef * entropy_sum / denominator
         loss.backward()
 
-        # For the log: sums over tokens. In the first update, the gap is that between sampler and
-        # scorer.
+        # For the log: sums over tokens. In a step's first update the weights are still the
+        # sampler's, so the gap is only numerical.
         gap = (logp.detach() - old).abs()
         sums.add(statistics)
         sums.add(shaping_sums(unshaped, shaped, batch.mask, s.kappa))
@@ -416,7 +416,8 @@ def prepare(s: Settings) -> Learner:
 
 
 def dry_run(learner: Learner, s: Settings) -> None:
-    """One step at its largest. Prints its time and memory."""
+    """One step in which every answer reaches the limit and has a gradient. Prints its time and
+    memory."""
     learner.problems = [learner.longest]
     learner.sampler.eos_ids = (-1,)  # so no response ends
     learner.sampler.allocate(learner.rows)  # the cache of a validation may be larger

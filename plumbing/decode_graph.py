@@ -30,7 +30,8 @@ class Graphs:
 
 
 class GraphedStep:
-    """Calls `step` until a shape is known, then replays its recording. `step` changes the tensors
+    """Of each shape, the first step is eager, the second is recorded and eager, the third is a replay
+    that is compared with an eager one; from then on it is replayed alone. `step` changes the tensors
     slots.state and slots.cache, and draws from `generator`. What goes wrong is told in a line on
     stderr, once for all calls that share `graphs`; from then on steps are eager."""
 
@@ -89,7 +90,7 @@ class GraphedStep:
         try:
             graph = torch.cuda.CUDAGraph()
             graph.register_generator_state(self.generator)
-            # The memory between the kernels is handed on: the old graph is not replayed again.
+            # The old graph is not replayed again: reuse its memory.
             pool = self.graph.pool() if self.graph else None
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self.step()

@@ -168,7 +168,7 @@ def bytes_of_moments(s) -> int:
 
 
 def name_of(device: torch.device) -> str:
-    """The name of the card."""
+    """The card's name, or the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
 
 

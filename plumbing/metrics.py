@@ -20,7 +20,7 @@ from plumbing.memory import peak_memory
 if TYPE_CHECKING:
     from rollout import Episode
 
-# Of these the largest counts, not the sum.
+# Over processes the largest of these counts, not the sum.
 MAXIMA = ("gap_max", "grad_norm", "score_s")
 
 
@@ -58,7 +58,7 @@ class StepRecord:
 
 class UpdateSums:
     """What an update adds up over its micro-batches. The numbers stay on the device until `total`
-    asks for all of them: a GPU is waited for once an update."""
+    asks for all of them: for these, a GPU is waited for once."""
 
     def __init__(self) -> None:
         self.score_s = 0.0

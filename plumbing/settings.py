@@ -47,8 +47,8 @@ PRESETS = {
 }
 EVALUATION_PRESETS = {"paper": dict(temperature=0.6, top_p=0.95)}
 
-# Settings that were made later than some runs: their config.json lacks them. With these values it
-# means what it meant.
+# Settings that were made later than some runs, whose config.json lacks them: the values with which
+# such a run goes on as it began.
 ADDED_LATER = dict(graph=True, date="")
 # Tokens of a micro-batch unless they are given: a GPU is fast only with much work at a time.
 MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}

@@ -1,6 +1,8 @@
 """lab/narrow.py and lab/difficulty.py: the weight by hand, the arms beside their flags, the thirds by
 sorting, and the tables of lab/NARROW.md made again from the saved counts."""
 
+import gzip
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from evaluate import pass_table
 from lab.arms import key
 from lab.difficulty import weighted_group_advantage
 from lab.narrow import DIFFICULTY, SETTING, TRAINED, Settings, by_difficulty, passes, tables
@@ -65,6 +68,23 @@ def test_the_tables_of_the_page_are_made_again_from_the_saved_counts():
     assert tables(Settings()) in PAGE
 
 
+def test_how_the_setting_was_found_is_made_again_from_the_counts_of_those_runs():
+    saved = Path("lab/results/narrow-found.json.gz").read_bytes()
+    found = json.loads(gzip.decompress(saved))
+    rows = []
+    for name, run in found.items():
+        first, *_, last = run["validations"]
+        for validation in (first, last):
+            table = pass_table(validation["solved"], validation["samples"], (1, 64, 256))
+            assert len(table) == 100
+            values = " | ".join(f"{value:.3f}" for value in table.mean(0))
+            step = validation["step"] or ""
+            rows.append(f"| {step} | {values} |".replace("|  |", "| |"))
+    assert len(rows) == 6
+    for row in rows:
+        assert row in PAGE
+
+
 def test_every_figure_of_the_verdicts_is_one_of_the_tables():
     """The gains of single seeds, which no table has, are differences of Pass@256."""
     text, _, _ = PAGE.partition("\n| mean over seeds (how many)")
@@ -82,7 +102,7 @@ IN_README = {
     "base": "base",
     "GRPO": "GRPO",
     "entropy advantage": "entropy advantage, α = 0.4",
-    "full strength": "entropy advantage at full strength, α = 10",
+    "full strength": "entropy advantage, nearly at full strength: α = 10",
     "difficulty weight alone": "a weight by difficulty alone, without any entropy",
     "entropy regularisation": "entropy regularisation instead",
 }
