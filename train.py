@@ -48,6 +48,7 @@ from model import Critic, Transformer, count_parameters, load_weights, score
 from plumbing.batch import collate, micro_batches, my_share, pad_responses, problems_of_step
 from plumbing.distributed import gather, join, sum_gradients
 from plumbing.memory import check_disk, plan
+from plumbing.method import Update, advantage_of, by_log, by_method
 from plumbing.metrics import (
     StepRecord,
     Stopwatch,
@@ -126,7 +127,7 @@ def training_step(step: int, learner: Learner, s: Settings) -> StepRecord:
         raise FloatingPointError("a sampled log-probability is not finite")
     if s.algo == "grpo":
         group = torch.arange(len(problems)).repeat_interleave(s.samples)  # [N]
-        per_answer = group_advantage(reward, group)  # [N]
+        per_answer = advantage_of(s.method, group_advantage)(reward, group)  # [N]
         advantage = per_answer[:, None] * mask
     else:
         advantage, value, ret = critic_advantage(learner.critic.module, episodes, reward, mask, s)
@@ -171,10 +172,14 @@ def update(
     # All response tokens of this optimizer step, in all processes and also of answers without a
     # forward pass: so the loss does not depend on how the work is cut.
     denominator = sum(gather(count_tokens(episodes)))
-    for rows in micro_batches(episodes, s.micro_tokens, among=needs_forward(advantage, s)):
+    # The paper's shaping and loss, unless --method puts others in their place (docs/methods.md).
+    paper = Update(advantage, denominator, shape_with_entropy, policy_loss, s)
+    this = by_method(paper, episodes, old_logp)
+    scored = needs_forward(this.advantage, this.s)
+    for rows in micro_batches(episodes, s.micro_tokens, among=scored):
         batch = collate([episodes[i] for i in rows], device)  # tokens [B, T]
         old = batch.align(old_logp[rows])  # [B, T-1], as all below
-        unshaped = batch.align(advantage[rows])
+        unshaped = batch.align(this.advantage[rows])
 
         # Score: log-probability and entropy of every token, by the policy as it is now.
         clock = Stopwatch()
@@ -191,13 +196,13 @@ def update(
         sums.score_s += clock.lap()
 
         # Shape: the paper's one line.
-        shaped = shape_with_entropy(unshaped, entropy, s.alpha, s.kappa)
+        shaped = this.shape(unshaped, entropy, s.alpha, s.kappa)
 
         # Loss. The classical entropy bonus (entropy_coef, 0 by default) is another thing than the
         # line above: it has the gradient of H, which flattens the whole distribution, in right and
         # wrong answers alike; psi has no gradient and only rescales A.
-        loss, statistics = policy_loss(
-            logp, old, shaped, batch.mask, s.clip_low, s.clip_high, denominator
+        loss, statistics = this.loss(
+            logp, old, shaped, batch.mask, s.clip_low, s.clip_high, this.denominator
         )
         entropy_sum = torch.where(batch.mask, entropy, 0.0).sum()
         loss = loss - s.entropy_coef * entropy_sum / denominator
@@ -335,7 +340,7 @@ def take_steps(learner: Learner, s: Settings) -> Path:
     stop.in_steps = True
     for step in bar:
         stop.where = f"step {step}"
-        record = training_step(step, learner, s)
+        record = training_step(step, learner, by_log(s, run.log))
         timeouts = getattr(learner.task, "timeouts", 0)  # of the grader of mathematics
         line = log_line(step, record, s, learner.device, learner.tokenizer, timeouts)
         # Did any process get a signal? Asked here alone, so that all of them decide alike; a later

@@ -96,6 +96,8 @@ def log_line(
     line["arm"] = (
         f"{s.algo}, alpha {s.alpha}, entropy_coef {s.entropy_coef}, clip_high {s.clip_high}"
     )
+    if s.method:
+        line["arm"] = f"{s.method}, {line['arm']}"
     if s.algo == "ppo":
         value = torch.cat(gather(record.value))
         ret = torch.cat(gather(record.ret))

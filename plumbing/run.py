@@ -237,9 +237,10 @@ def to_be_stored(s: Settings) -> dict:
         value = settings[name]
         if value not in ("", EMBEDDED) and Path(value).exists():
             settings[name] = str(Path(value).resolve())
-    task_file, colon, class_name = settings["task"].rpartition(":")
-    if colon:
-        settings["task"] = f"{Path(task_file).resolve()}:{class_name}"
+    for flag in ("task", "method"):
+        file, colon, name_in_it = settings[flag].rpartition(":")
+        if colon:
+            settings[flag] = f"{Path(file).resolve()}:{name_in_it}"
     return settings
 
 

@@ -14,6 +14,7 @@ from urllib.parse import quote
 import torch
 
 from plumbing.distributed import is_first_to_speak
+from plumbing.method import find_method
 
 TEMPLATE_NAMES = ("dapo", "qwen-math", "chat", "none")
 DTYPES = ("float32", "bfloat16")
@@ -49,7 +50,7 @@ EVALUATION_PRESETS = {"paper": dict(temperature=0.6, top_p=0.95)}
 
 # Settings that were made later than some runs, whose config.json lacks them: the values with which
 # such a run goes on as it began.
-ADDED_LATER = dict(graph=True, date="")
+ADDED_LATER = dict(graph=True, date="", method="")
 # Tokens of a micro-batch unless they are given: a GPU is fast only with much work at a time.
 MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}
 
@@ -79,6 +80,11 @@ class Settings:
         "grpo",
         "where advantages come from: the group (grpo) or a critic (ppo)",
         choices=ALGORITHMS,
+    )
+    method: str = flag(
+        "",
+        "instead of the entropy advantage a relative of it, such as clip-cov (docs/methods.md), or "
+        "my_method.py:mine, a Method in a file",
     )
     model: str = flag("base", "model to start from: a folder or a hub id")
     preset: str = flag(
@@ -308,6 +314,7 @@ def check(s: Settings) -> None:
     """ValueError, in one sentence, for settings of train.py that make no sense."""
     check_text(s)
     check_numbers(s)
+    find_method(s.method)
     processes = int(os.environ.get("WORLD_SIZE", 1))
 
     def demand(good: bool, name: str, wanted: str) -> None:
@@ -325,6 +332,7 @@ def check(s: Settings) -> None:
         "critic_warmup",
         "less than --steps, or the policy never moves",
     )
+    demand(not s.method or s.algo == "grpo", "method", "left out with --algo ppo")
     demand(s.prompts % s.minibatch == 0, "minibatch", f"a divisor of --prompts, {s.prompts}")
     demand(s.minibatch % processes == 0, "minibatch", "a multiple of the number of processes")
     demand(s.gamma <= 1, "gamma", "at most 1")

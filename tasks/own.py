@@ -23,14 +23,14 @@ def load_own_task(name: str):
     if not Path(file).is_file():
         raise FileNotFoundError(f"--task {name}: there is no file {file!r}")
 
-    with errors_in_a_sentence(name, file):
+    with errors_in_a_sentence(f"--task {name}", file):
         module = run_file(Path(file))
     make = getattr(module, class_name, None)
     if make is None:
         raise ValueError(f"--task {name}: {file} has no class {class_name!r}")
     if not callable(make):
         raise ValueError(f"--task {name}: {class_name} is no class but {make!r}")
-    with errors_in_a_sentence(name, file):
+    with errors_in_a_sentence(f"--task {name}", file):
         task = make()
 
     missing = [attribute for attribute in NEEDED if not hasattr(task, attribute)]
@@ -57,7 +57,7 @@ def run_file(file: Path):
 
 
 @contextmanager
-def errors_in_a_sentence(name: str, file: str) -> Iterator[None]:
+def errors_in_a_sentence(flag: str, file: str) -> Iterator[None]:
     """Whatever the file raises -> ValueError, which says in which of its lines."""
     try:
         yield
@@ -72,7 +72,7 @@ def errors_in_a_sentence(name: str, file: str) -> Iterator[None]:
         line = f" in line {of_the_file[-1]}" if of_the_file else ""
         kind = type(error).__name__
         first_line = str(error).partition("\n")[0]
-        raise ValueError(f"--task {name}: {kind}{line}: {first_line}") from error
+        raise ValueError(f"{flag}: {kind}{line}: {first_line}") from error
 
 
 def one_by_one(reward: Callable[[Problem, str, bool], float]) -> Callable[..., list[float]]:
