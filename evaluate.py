@@ -27,7 +27,7 @@ import torch
 
 from model import count_parameters, load_weights
 from plumbing.memory import EVALUATION_MAY_HELP, out_of_memory, plan_evaluation
-from plumbing.pretrained import find_folder, open_pretrained
+from plumbing.pretrained import Pretrained, find_folder, open_pretrained
 from plumbing.seeds import seeded_generator
 from plumbing.settings import (
     EVALUATION_PRESETS,
@@ -112,7 +112,9 @@ def count_solved(
         asked = [part[episode.prompt_index] for episode in episodes]
         responses = texts(tokenizer, episodes)
         rewards = task.rewards(asked, responses, [episode.finished for episode in episodes])
-        for problem, response, episode, reward in zip(asked, responses, episodes, rewards):
+        for problem, response, episode, reward in zip(
+            asked, responses, episodes, rewards, strict=True
+        ):
             if reward > 0:
                 solved[first + episode.prompt_index] += 1
             tokens += len(episode.response)
@@ -176,18 +178,31 @@ def chosen_ks(k: str, samples: int) -> list[int]:
     return ks
 
 
-def count_of_model(
+def longest_sequence(
+    pretrained: Pretrained, task, problems: Sequence[Problem], s: EvaluationSettings
+) -> int:
+    """Tokens of the longest prompt and of the longest answer."""
+    prompts = [task.encode(problem, pretrained.tokenizer) for problem in problems]
+    return max(len(prompt) for prompt in prompts) + s.max_new_tokens
+
+
+def check_memory(
     name: str, task, problems: Sequence[Problem], s: EvaluationSettings, device: torch.device
-) -> dict:
-    """count_solved of a model, which is loaded for it. ValueError, before that, if there is not
-    enough memory."""
+) -> None:
+    """ValueError if there is not enough of it for this model."""
     pretrained = open_pretrained(name)
-    longest = max(len(task.encode(problem, pretrained.tokenizer)) for problem in problems)
-    length = longest + s.max_new_tokens
+    length = longest_sequence(pretrained, task, problems, s)
     parameters = count_parameters(pretrained.config)
     rows = min(s.slots, len(problems) * s.samples)
     plan_evaluation(pretrained.config, parameters, s, length, rows, len(problems), device)
 
+
+def count_of_model(
+    name: str, task, problems: Sequence[Problem], s: EvaluationSettings, device: torch.device
+) -> dict:
+    """count_solved of a model, which is loaded for it."""
+    pretrained = open_pretrained(name)
+    length = longest_sequence(pretrained, task, problems, s)
     model = load_weights(pretrained, device, getattr(torch, s.dtype))
     return count_solved(
         Sampler(model, s.slots, length, model.eos_ids, graph=s.graph),
@@ -218,8 +233,11 @@ def evaluate(s: EvaluationSettings) -> dict:
     if not problems:
         raise ValueError(f"{s.task} has no {s.split} problems")
 
+    names = dict.fromkeys(s.models)  # each once, in their order
+    for name in names:
+        check_memory(name, task, problems, s, device)
     results = {}
-    for name in dict.fromkeys(s.models):  # each once, in their order
+    for name in names:
         results[name] = count_of_model(name, task, problems, s, device)
 
     table, record = report(results, ks)

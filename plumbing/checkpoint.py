@@ -200,7 +200,7 @@ def write_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, st
         out.write(len(text).to_bytes(8, "little"))
         out.write(text)
         for name in names:
-            numbers = tensors[name].detach().cpu().flatten()
+            numbers = tensors[name].detach().cpu().contiguous().flatten()
             out.write(numbers.view(torch.uint8).numpy())
 
 

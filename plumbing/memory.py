@@ -347,7 +347,9 @@ def kept_in_layer(config: dict, s, device: torch.device) -> int:
 def free_bytes(device: torch.device) -> int:
     """What a GPU has free; of a machine without one, this process's share of all its memory."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch holds back for reuse, such as a model before this one, is free too.
+        held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held_back
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(physical, limit_of_container()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 

@@ -167,9 +167,12 @@ def weight_files(folder: Path) -> list[Path]:
     if not isinstance(file_of, dict) or not file_of:
         raise ValueError(f"{folder / INDEX} has no weight_map")
     names = {str(name) for name in file_of.values()}
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{folder / INDEX} names {name!r}, which is not in its folder")
     files = [folder / name for name in sorted(names)]
     for file in files:
-        if not file.exists():
+        if not file.is_file():
             raise ValueError(f"{folder} lacks {file.name}, which {INDEX} names")
     return files
 
@@ -182,6 +185,8 @@ def copy_weight(file: Path, name: str, new: Tensor, waiting: dict[str, Tensor]) 
         return
     if place is None:
         raise ValueError(f"{file} has a tensor {name} that config.json does not call for")
+    if not new.is_floating_point():
+        raise ValueError(f"{name} in {file} holds {new.dtype}; quantised weights are not read")
     if place.shape != new.shape:
         raise ValueError(
             f"{name} in {file} is {tuple(new.shape)}, config.json wants {tuple(place.shape)}"

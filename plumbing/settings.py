@@ -369,7 +369,10 @@ def pick_device(name: str) -> torch.device:
     try:
         if torch.device(name).type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda devices are supported")
-        return torch.empty(1, device=name).device
+        device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used here: {reason}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # CUDA graphs are recorded on the current one
+    return device

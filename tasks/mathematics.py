@@ -107,7 +107,9 @@ def last_words_of_the_user(chat: list[dict]) -> str:
 def answer_of(row: dict) -> str:
     """The known answer: what follows `####` (GSM8K), what the last box holds, or the whole text; of
     a solution an empty text if it has neither. ValueError without a column."""
-    in_reward_model = row.get("reward_model", {}).get("ground_truth")
+    reward_model = row.get("reward_model")
+    is_read = isinstance(reward_model, dict)  # in a csv file it is text
+    in_reward_model = reward_model.get("ground_truth") if is_read else None
     given = [row[column] for column in ANSWER_COLUMNS if column in row]
     if in_reward_model is not None:
         given.insert(0, in_reward_model)

@@ -32,14 +32,13 @@ def load_own_task(name: str):
         raise ValueError(f"--task {name}: {class_name} is no class but {make!r}")
     with errors_in_a_sentence(f"--task {name}", file):
         task = make()
-
-    missing = [attribute for attribute in NEEDED if not hasattr(task, attribute)]
+        missing = [attribute for attribute in NEEDED if not hasattr(task, attribute)]
+        if not missing and not hasattr(task, "test"):
+            task.test = []
+        if not missing and not hasattr(task, "rewards"):
+            task.rewards = one_by_one(task.reward)
     if missing:
         raise ValueError(f"--task {name}: {class_name} lacks {', '.join(missing)}")
-    if not hasattr(task, "test"):
-        task.test = []
-    if not hasattr(task, "rewards"):
-        task.rewards = one_by_one(task.reward)
     return task
 
 
@@ -61,7 +60,7 @@ def errors_in_a_sentence(flag: str, file: str) -> Iterator[None]:
     """Whatever the file raises -> ValueError, which says in which of its lines."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         of_the_file = [
             frame.lineno
             for frame in traceback.extract_tb(error.__traceback__)

@@ -123,6 +123,12 @@ def test_csv(tmp_path):
     assert pairs(Math("", str(path), "dapo").test) == expected
 
 
+def test_a_csv_file_with_the_text_of_a_reward_model(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("problem,answer,reward_model\na?,3,{'ground_truth': '4'}\n")
+    assert pairs(Math("", str(path), "dapo").test) == {("a?", "3")}
+
+
 @pytest.mark.parametrize(
     "text, sentence",
     [

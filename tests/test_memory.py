@@ -13,7 +13,13 @@ from lab.analyze import Settings as AnalysisSettings
 from lab.analyze import check_memory
 from model import Transformer, count_parameters
 from plumbing import memory
-from plumbing.memory import limit_of_container, out_of_memory, plan, plan_evaluation
+from plumbing.memory import (
+    free_bytes,
+    limit_of_container,
+    out_of_memory,
+    plan,
+    plan_evaluation,
+)
 from plumbing.settings import PRESETS, EvaluationSettings, Settings
 from training_runs import content_of, finish, refusal, start
 
@@ -282,6 +288,14 @@ def test_memory_errors_are_a_sentence(error, monkeypatch):
     assert out_of_memory(error, "less") == (
         "out of memory, with 70 GB allocated and 75 GB reserved on the GPU; less"
     )
+
+
+def test_what_torch_holds_back_for_reuse_is_free(monkeypatch):
+    """Of 80 GB a model takes 20; 30 more are those of the model before it, and 30 nobody's."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50 * 10**9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20 * 10**9)
+    assert free_bytes(torch.device("cuda")) == 60 * 10**9
 
 
 def test_other_errors_keep_their_traceback():

@@ -94,7 +94,7 @@ def test_every_figure_of_the_verdicts_is_one_of_the_tables():
     ours, plain = passes(records["entropy advantage"]), passes(records["GRPO"])
     gains = [f"{(ours[seed] - plain[seed])[:, -1].mean():+.3f}" for seed in ours]
     known = tables(Settings()) + " ".join(gains)
-    assert len(figures) == 26
+    assert len(figures) == 27
     assert [figure for figure in figures if figure not in known] == []
 
 

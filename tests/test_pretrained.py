@@ -135,6 +135,10 @@ def test_model_safetensors_goes_before_the_index(qwen2):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="lacks nowhere.safetensors, which .*index.json names"):
         load_model(folder)
+    index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="names '../elsewhere.*which is not in its folder"):
+        load_model(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="has no weight_map"):
         load_model(folder)
@@ -300,6 +304,15 @@ def test_a_config_of_something_else_is_refused(qwen2, content, sentence):
     folder, _ = qwen2()
     (folder / "config.json").write_text(content)
     with pytest.raises(ValueError, match=sentence):
+        load_model(folder)
+
+
+def test_whole_numbers_are_no_weights(qwen2):
+    folder, _ = qwen2()
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.int8)
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="norm.weight in .* holds torch.int8; quantised weights"):
         load_model(folder)
 
 

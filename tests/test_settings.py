@@ -190,10 +190,13 @@ def test_each_process_of_torchrun_takes_a_gpu_of_its_own(monkeypatch, name):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "empty", empty)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert pick_device(name) == torch.device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert pick_device(name) == torch.device("cuda:3")
     assert pick_device("cuda:1") == torch.device("cuda:1")
+    assert current == [torch.device(f"cuda:{index}") for index in (0, 3, 1)]
 
 
 @dataclasses.dataclass

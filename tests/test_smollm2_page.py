@@ -308,7 +308,7 @@ def test_what_is_said_of_passes(solved):
 
 def test_passes_in_the_table_are_counted_by_hand(solved, tables):
     """Pass@1 is the share of right answers, Pass@16 that of problems with one at least."""
-    rows = [row.strip("| ").split(" | ") for row in tables[-3].splitlines()[2:]]
+    rows = [row.strip("| ").split(" | ") for row in tables[-4].splitlines()[2:]]
     for counts, row in zip(solved, rows):
         assert row[1].startswith(f"{sum(counts) / 16 / 130:.3f} [")
         assert row[3].startswith(f"{sum(count > 0 for count in counts) / 130:.3f} [")
@@ -429,6 +429,19 @@ def test_the_figures_of_the_readme_are_those_of_the_page():
     section, _, _ = rest.partition("## Your own model")
     # "+0.70 nats [+0.64, +0.77]" is written without its unit on the page.
     intervals = INTERVAL.findall(" ".join(section.replace(" nats [", " [").split()))
-    assert len(intervals) == 5
+    assert len(intervals) == 6
     for found in intervals:
         assert found in " ".join(PAGE.split()), found
+
+
+def test_the_untrained_model_near_greedy_is_counted_once_more():
+    """By how many of the 130 problems it solved, and by problem what a trained model did."""
+    untrained = saved("smollm2-greedy")
+    [result] = untrained["models"].values()
+    assert untrained["settings"]["temperature"] == 0.02
+    assert (len(result["solved"]), result["samples"], sum(result["solved"])) == (130, 1, 85)
+    assert f"| before, temperature 0.02, one answer each | {85 / 130:.3f} [" in PAGE
+    trained = saved("smollm2-arithmetic")["models"]["/tmp/o/runs/ea"]
+    pairs = zip(trained["solved"], result["solved"])
+    gain = statistics.mean(now / trained["samples"] - before for now, before in pairs)
+    assert f"with the term, temperature 1 minus that | {gain:+.3f} [" in PAGE

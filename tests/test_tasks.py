@@ -110,6 +110,8 @@ def test_the_file_comes_after_the_modules_of_this_repository(file, monkeypatch):
         ("\nimport nowhere", "Second", "ModuleNotFoundError in line 2: No module named 'nowhere'"),
         ("class Second:\n  x = = 1", "Second", "SyntaxError in line 2: invalid syntax"),
         ("def Second():\n  x = 1\n  x / 0", "Second", "ZeroDivisionError in line 3: division by "),
+        ("import sys\nsys.exit(0)", "Second", "SystemExit in line 2: 0"),
+        ("class Second:\n  @property\n  def train(self): 1 / 0", "Second", "ZeroDivisionError in "),
         ("def Second(x): ...", "Second", "TypeError: Second() missing 1 required positional "),
     ],
 )
