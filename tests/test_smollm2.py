@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from conftest import ROOT, distance, logits
 from evaluate import evaluate
-from lab import smollm2
+from lab import analyze, smollm2
 from model import load
 from plumbing.settings import EvaluationSettings, Settings
 from questions import write
@@ -170,6 +170,32 @@ def test_it_can_be_evaluated(made, questions):
     )
     record = evaluate(settings)
     assert len(record["models"][str(folder)]["solved"]) == 2
+
+
+@needs_packages
+def test_it_can_be_analysed(made, questions, tmp_path):
+    """Every token of the answers is counted once, in its category."""
+    pytest.importorskip("matplotlib")
+    folder, _ = made
+    settings = analyze.Settings(
+        models=(str(folder),),
+        task="math",
+        test_data=questions,
+        split="test",
+        template="chat",
+        problems=2,
+        samples=1,
+        max_new_tokens=16,
+        device="cpu",
+        out=str(tmp_path),
+    )
+    report = analyze.analyze(settings)
+    [counts] = report["counts"].values()
+    [lengths] = report["behaviour"].values()
+    assert sum(counts["tokens"].values()) == pytest.approx(
+        2 * lengths["tokens per response"]["mean"]
+    )
+    assert (tmp_path / "responses.html").exists()
 
 
 @needs_packages
