@@ -135,6 +135,9 @@ def main() -> None:
         sys.exit(f"lab.trl_grpo: {error}")
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
+    # Without this, one of several processes may abort at its end.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

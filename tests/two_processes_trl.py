@@ -20,6 +20,9 @@ def main() -> None:
     rank = trainer.accelerator.process_index
     torch.save((rollouts, rewards), f"{folder}/{rank}.pt")
     trainer.save_model()
+    # Without this, a process that ends while gloo's threads still run may abort.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 main()
