@@ -229,8 +229,9 @@ def test_the_published_tables_come_from_the_saved_turns():
         if of_two_sides:
             tables.append(table(taken))
     assert len(tables) == 7
-    of_smollm2 = json.loads(Path("lab/results/bench-smollm2.json").read_text())
-    tables += [table(of_smollm2[name]) for name in ("decode", "update")]
+    for file in ("bench-smollm2", "bench-smollm2-two-threads"):
+        of_smollm2 = json.loads(Path(f"lab/results/{file}.json").read_text())
+        tables += [table(of_smollm2[name]) for name in ("decode", "update")]
     for line in "\n".join(tables).splitlines():
         assert line in published, line
     for side, (before, peak) in record["memory"].items():
