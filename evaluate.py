@@ -178,31 +178,40 @@ def chosen_ks(k: str, samples: int) -> list[int]:
     return ks
 
 
-def longest_sequence(
-    pretrained: Pretrained, task, problems: Sequence[Problem], s: EvaluationSettings
+def plan_sampling(
+    pretrained: Pretrained,
+    task,
+    problems: Sequence[Problem],
+    s: EvaluationSettings,
+    device: torch.device,
+    may_help: str = EVALUATION_MAY_HELP,
 ) -> int:
-    """Tokens of the longest prompt and of the longest answer."""
-    prompts = [task.encode(problem, pretrained.tokenizer) for problem in problems]
-    return max(len(prompt) for prompt in prompts) + s.max_new_tokens
-
-
-def check_memory(
-    name: str, task, problems: Sequence[Problem], s: EvaluationSettings, device: torch.device
-) -> None:
-    """ValueError if there is not enough of it for this model."""
-    pretrained = open_pretrained(name)
-    length = longest_sequence(pretrained, task, problems, s)
-    parameters = count_parameters(pretrained.config)
-    rows = min(s.slots, len(problems) * s.samples)
-    plan_evaluation(pretrained.config, parameters, s, length, rows, len(problems), device)
+    """The longest sequence in tokens, prompt and answer. ValueError if there is not enough memory."""
+    prompts = [len(task.encode(problem, pretrained.tokenizer)) for problem in problems]
+    length = max(prompts, default=0) + s.max_new_tokens
+    plan_evaluation(
+        pretrained.config,
+        count_parameters(pretrained.config),
+        s,
+        length,
+        rows=min(s.slots, len(problems) * s.samples),
+        problems=len(problems),
+        device=device,
+        may_help=may_help,
+    )
+    return length
 
 
 def count_of_model(
-    name: str, task, problems: Sequence[Problem], s: EvaluationSettings, device: torch.device
+    name: str,
+    pretrained: Pretrained,
+    length: int,
+    task,
+    problems: Sequence[Problem],
+    s: EvaluationSettings,
+    device: torch.device,
 ) -> dict:
-    """count_solved of a model, which is loaded for it."""
-    pretrained = open_pretrained(name)
-    length = longest_sequence(pretrained, task, problems, s)
+    """count_solved of a model, which is loaded for it: no two are in memory at a time."""
     model = load_weights(pretrained, device, getattr(torch, s.dtype))
     return count_solved(
         Sampler(model, s.slots, length, model.eos_ids, graph=s.graph),
@@ -233,12 +242,13 @@ def evaluate(s: EvaluationSettings) -> dict:
     if not problems:
         raise ValueError(f"{s.task} has no {s.split} problems")
 
-    names = dict.fromkeys(s.models)  # each once, in their order
-    for name in names:
-        check_memory(name, task, problems, s, device)
+    opened = {name: open_pretrained(name) for name in s.models}  # each once, in their order
+    length = {}
+    for name, pretrained in opened.items():
+        length[name] = plan_sampling(pretrained, task, problems, s, device)
     results = {}
-    for name in names:
-        results[name] = count_of_model(name, task, problems, s, device)
+    for name, pretrained in opened.items():
+        results[name] = count_of_model(name, pretrained, length[name], task, problems, s, device)
 
     table, record = report(results, ks)
     print(

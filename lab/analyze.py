@@ -41,6 +41,7 @@ from pathlib import Path
 
 import torch
 
+from evaluate import plan_sampling
 from lab.comparison import compare_kinds, compare_rare, nearest
 from lab.entropy_report import draw_entropy, tables
 from lab.exploration import COUNTDOWN, TEXT
@@ -53,8 +54,7 @@ from lab.word_controls import (
     reflective_controls,
     single_words,
 )
-from model import count_parameters
-from plumbing.memory import out_of_memory, plan_evaluation
+from plumbing.memory import out_of_memory
 from plumbing.pretrained import find_folder, open_pretrained
 from plumbing.settings import (
     DTYPES,
@@ -116,20 +116,17 @@ def check(s: Settings) -> None:
 
 def check_memory(name: str, s: Settings) -> None:
     """ValueError, before the model is loaded, if sampling from it takes more than there is."""
-    pretrained = open_pretrained(name)
     task = load_task(s.task, s.data, s.test_data, s.template)
     problems = getattr(task, s.split)[: s.problems]
-    prompts = [len(task.encode(problem, pretrained.tokenizer)) for problem in problems]
-    plan_evaluation(
-        pretrained.config,
-        count_parameters(pretrained.config),
-        EvaluationSettings(max_new_tokens=s.max_new_tokens, top_p=s.top_p, dtype=s.dtype),
-        length=max(prompts, default=0) + s.max_new_tokens,
-        rows=min(SLOTS, len(problems) * s.samples),
-        problems=len(problems),
-        device=pick_device(s.device),
-        may_help=MAY_HELP,
+    sampling = EvaluationSettings(
+        samples=s.samples,
+        slots=SLOTS,
+        max_new_tokens=s.max_new_tokens,
+        top_p=s.top_p,
+        dtype=s.dtype,
     )
+    device = pick_device(s.device)
+    plan_sampling(open_pretrained(name), task, problems, sampling, device, MAY_HELP)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from advantage import policy_loss, shape_with_entropy
 from lab.bench_work import count_tokens, minibatches, wait_for_device
 from model import Transformer
 from plumbing.batch import collate
+from plumbing.pretrained import named_as_in_transformers
 from plumbing.settings import Settings as TrainSettings
 from rollout import Episode
 
@@ -19,11 +20,7 @@ Cut = Callable[[Sequence[Episode]], list[list[int]]]  # an optimizer step -> its
 def peer_model(model: Transformer, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """transformers' model of the same weights."""
     peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.config)).float()
-    weights = {"lm_head.weight": model.head}
-    for name, tensor in model.state_dict().items():
-        peer_name = name if name.startswith("lm_head") else f"model.{name}"
-        weights[peer_name] = tensor
-    peer.load_state_dict(weights)
+    peer.load_state_dict({"lm_head.weight": model.head} | named_as_in_transformers(model))
     peer.tie_weights()
     return peer.to(model.head.device, dtype)
 

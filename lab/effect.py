@@ -37,8 +37,6 @@ saved products, without a model.
 """
 
 import dataclasses
-import gzip
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -61,6 +59,7 @@ from lab.multiplier import (
     plain,
     without_baseline,
 )
+from lab.saved import read_packed, save_packed
 from model import Transformer, load
 from plumbing.batch import pad_responses, problems_of_step
 from plumbing.metrics import Stopwatch
@@ -225,7 +224,7 @@ def prediction_sums(
 
 def read(file: str) -> dict[str, dict]:
     """What --json has written: model -> record."""
-    return json.loads(gzip.decompress(Path(file).read_bytes()))
+    return read_packed(file)
 
 
 def effect(s: Settings) -> None:
@@ -252,8 +251,7 @@ def effect(s: Settings) -> None:
         records = {Path(name).name: measure(name, s) for name in dict.fromkeys(s.models)}
     print(tables(records))
     if s.json:
-        text = json.dumps(records, separators=(",", ":"))
-        Path(s.json).write_bytes(gzip.compress(text.encode(), mtime=0))
+        save_packed(records, s.json, separators=(",", ":"))
     if s.figure:
         draw(records, Path(s.figure))
 

@@ -9,16 +9,15 @@ lab/figures/english.png, and the tables in lab/SMOLLM2.md, which a test compares
 of one model: the first, if there are several.
 """
 
-import gzip
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from lab.entropy_report import TOO_FEW
+from lab.saved import read_packed, save_packed
 from lab.tables import table
 from lab.word_controls import ALL
-from plumbing.checkpoint import atomic_write
 from plumbing.settings import flag, parse_flags
 
 SAVED = Path("lab/results/english.json.gz")
@@ -70,13 +69,11 @@ def sampling(settings: dict) -> str:
 
 
 def save(reports: dict[str, dict], file: Path) -> None:
-    text = json.dumps(reports, indent=1)
-    with atomic_write(file) as fresh:
-        fresh.write_bytes(gzip.compress(text.encode(), mtime=0))
+    save_packed(reports, file, indent=1)
 
 
 def read(file: Path) -> dict[str, dict]:
-    return json.loads(gzip.decompress(file.read_bytes()))
+    return read_packed(file)
 
 
 def of_first_model(models: dict) -> dict:

@@ -14,7 +14,7 @@ from lab.bench_transformers import peer_generate, peer_generate_batches, peer_lo
 from lab.bench_work import count_tokens, encoded_prompts
 from lab.gpu_checks import captured, quietly
 from lab.gpu_report import Report, median_seconds, seconds_of, wait
-from lab.gpu_shapes import Shape, count_weights, make_model, peer_of
+from lab.gpu_shapes import Shape, make_model, peer_of
 from model import Transformer, count_parameters, load
 from plumbing.batch import micro_batches
 from plumbing.memory import GB, needs
@@ -130,7 +130,8 @@ def add_model(report: Report, made: list[Transformer], shape: Shape, device: tor
     model = make_model(shape, device)
     model.recompute = shape.recompute
     made.append(model)
-    report.figure("weights", count_weights(model) / 1e9, "billion", note=str(shape.dtype))
+    parameters = count_parameters(model.config)
+    report.figure("weights", parameters / 1e9, "billion", note=str(shape.dtype))
 
 
 def random_prompts(shape: Shape, model: Transformer, count: int) -> list[list[int]]:

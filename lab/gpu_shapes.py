@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from model import Transformer, load
-from plumbing.pretrained import open_pretrained
+from plumbing.pretrained import named_as_in_transformers, open_pretrained
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,6 @@ def random_model(
     return model
 
 
-def count_weights(model: Transformer) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def peer_of(model: Transformer):
     """transformers' model over the same weights, in the same memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -144,10 +140,7 @@ def peer_of(model: Transformer):
     config = AutoConfig.for_model(**model.config)
     with torch.device(model.head.device):
         peer = AutoModelForCausalLM.from_config(config, dtype=model.head.dtype)
-    weights = {"lm_head.weight": model.head.detach()}
-    for name, tensor in model.state_dict().items():
-        full_name = name if name.startswith("lm_head") else f"model.{name}"
-        weights[full_name] = tensor
+    weights = {"lm_head.weight": model.head.detach()} | named_as_in_transformers(model)
     peer.load_state_dict(weights, assign=True)
     peer.tie_weights()
     return peer

@@ -1,7 +1,6 @@
 """The tables of lab/BENCHMARKS.md from what `python -m lab.gpu --json FILE` wrote: one line for what
 several rows say together, each with the card's name. `python -m lab.gpu --table FILE` prints them."""
 
-import gzip
 import json
 import math
 from dataclasses import dataclass
@@ -19,16 +18,15 @@ from lab.gpu_figures import (
 )
 from lab.gpu_report import FAILED, OK, number
 from lab.gpu_shapes import SHAPES, Shape, config_of
+from lab.saved import read_packed
 
 CARD = torch.device("cuda")  # for what is planned on one; none need be there
 
 
 def read_record(file: str | Path) -> dict:
     """ValueError or OSError for a file that lab.gpu did not write."""
-    data = Path(file).read_bytes()
-    if str(file).endswith(".gz"):
-        data = gzip.decompress(data)
-    record = json.loads(data)
+    is_packed = str(file).endswith(".gz")
+    record = read_packed(file) if is_packed else json.loads(Path(file).read_bytes())
     if not isinstance(record, dict) or not {"machine", "rows"} <= record.keys():
         raise ValueError(f"{file} is not what lab.gpu writes")
     return record

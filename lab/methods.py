@@ -19,7 +19,6 @@ papers' code takes what it has moved to, in each micro-batch by itself.
 """
 
 import functools
-from pathlib import Path
 from typing import Sequence
 
 import torch
@@ -29,7 +28,7 @@ from advantage import policy_loss, whiten
 from lab.difficulty import weighted_group_advantage
 from plumbing.method import Loss, Method, Step
 from plumbing.settings import Settings
-from tasks.own import errors_in_a_sentence, run_file
+from tasks.own import find_in_file
 
 # ---- Advantages of answers: reward, group [N] -> [N].
 
@@ -334,12 +333,8 @@ def find(name: str) -> Method:
     if not in_a_file:
         return METHODS[name]
 
-    file, _, name_in_it = name.rpartition(":")
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"--method {name}: there is no file {file!r}")
-    with errors_in_a_sentence(f"--method {name}", file):
-        module = run_file(Path(file))
-    method = getattr(module, name_in_it, None)
+    method = find_in_file("--method", name, "Method")
     if not isinstance(method, Method):
+        file, _, name_in_it = name.rpartition(":")
         raise ValueError(f"--method {name}: {file} has no Method {name_in_it!r}")
     return method

@@ -33,7 +33,6 @@ Predictions, from the theorem of docs/derivation.md (M(p, H) = 1 + (psi+ - psi-)
     6. Without clip-higher it narrows more: Pass@256 is lower than GRPO's.
 """
 
-import gzip
 import hashlib
 import json
 import sys
@@ -46,9 +45,9 @@ import torch
 from evaluate import count_solved, pass_table
 from lab.arms import Arm, key
 from lab.children import Children, end_with_the_study, side_by_side
+from lab.saved import save_packed
 from lab.tables import gains, over_problems, over_seeds, read_all, table
 from model import load
-from plumbing.checkpoint import atomic_write
 from plumbing.lock import lock
 from plumbing.settings import Settings as TrainSettings
 from plumbing.settings import flag, parse_flags
@@ -146,9 +145,7 @@ def measure(folder: str, counts: str) -> None:
         log = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
         record["reward"] = [round(line["reward"], 4) for line in log]
         record["training_entropy"] = [round(line["entropy"], 4) for line in log]
-    # No time stamp: the same counts, the same bytes.
-    with atomic_write(Path(counts)) as fresh:
-        fresh.write_bytes(gzip.compress(json.dumps(record).encode(), mtime=0))
+    save_packed(record, counts)
 
 
 def passes(records: dict[int, dict]) -> dict[int, np.ndarray]:

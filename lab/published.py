@@ -6,7 +6,6 @@ The study's tables are made in lab/tables.py; here are those of the runs that ch
 (tuning.json, tuning-ppo.json) and of the entropies that lab/analyze.py reported (entropy.json.gz).
 """
 
-import gzip
 import json
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluate import pass_table
+from lab.saved import read_packed
 from lab.tables import map_tables, over_problems, study_tables, table
 from plumbing.checkpoint import atomic_write
 
@@ -213,7 +213,7 @@ def responses_table(report: dict) -> str:
 
 
 def page(results: Path) -> str:
-    entropy = json.loads(gzip.decompress((results / "entropy.json.gz").read_bytes()))
+    entropy = read_packed(results / "entropy.json.gz")
     tuning = json.loads((results / "tuning.json").read_text())
     tuning_ppo = json.loads((results / "tuning-ppo.json").read_text())
     found = {

@@ -9,8 +9,6 @@ question and not box its answer: the columns beside Pass@K tell how many answers
 all.
 """
 
-import gzip
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +17,9 @@ import numpy as np
 import torch
 
 from evaluate import count_solved, pass_table
+from lab.saved import read_packed, save_packed
 from lab.tables import over_problems, table
 from model import load
-from plumbing.checkpoint import atomic_write
 from plumbing.memory import out_of_memory
 from plumbing.settings import check_numbers, flag, parse_flags, pick_device
 from rollout import Episode, Sampler
@@ -153,15 +151,12 @@ def table_of(record: dict) -> str:
 
 def main(s: Settings) -> None:
     if s.table:
-        print(table_of(json.loads(gzip.decompress(Path(s.table).read_bytes()))))
+        print(table_of(read_packed(s.table)))
         return
     record = answer_all(s)
     print(table_of(record))
     if s.counts:
-        # No time stamp: the same counts, the same bytes.
-        packed = gzip.compress(json.dumps(record).encode(), mtime=0)
-        with atomic_write(Path(s.counts)) as fresh:
-            fresh.write_bytes(packed)
+        save_packed(record, s.counts)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ What SmolLM2 answers to benchmark questions, its words and sentences (lab/englis
 arithmetic, and what lab.effect measured of it.
 """
 
-import gzip
 import json
 import statistics
 from pathlib import Path
@@ -17,6 +16,7 @@ from lab.effect_report import tables as effect_tables
 from lab.english import SAVED as ENGLISH
 from lab.english import markdown, read
 from lab.real_model import table_of
+from lab.saved import read_text
 from lab.tables import table
 
 RESULTS = Path("lab/results")
@@ -32,7 +32,7 @@ def saved(name: str) -> dict:
 
 
 def unpacked(name: str) -> str:
-    return gzip.decompress((RESULTS / f"smollm2{name}").read_bytes()).decode()
+    return read_text(RESULTS / f"smollm2{name}")
 
 
 def log_of(run: str) -> list[dict]:

@@ -17,7 +17,6 @@ did, curves, a digest of the weights), so an interrupted study goes on where it 
 order and sampling, the base is the same.
 """
 
-import gzip
 import hashlib
 import json
 import sys
@@ -32,9 +31,10 @@ from evaluate import count_solved
 from lab.arms import BASE, CORE, FRESH, MAP, OTHERS, Arm, key
 from lab.behaviour import Behaviour
 from lab.children import Children, end_with_the_study, side_by_side
+from lab.saved import save_packed
 from lab.tables import CURVES, figures, map_tables, tables
 from model import load
-from plumbing.checkpoint import atomic_write, read_json
+from plumbing.checkpoint import read_json
 from plumbing.lock import lock
 from plumbing.run import settings_of_run
 from plumbing.settings import Settings as TrainSettings
@@ -240,9 +240,7 @@ def measure(folder: str, counts: str, split: str, problems: int, samples: int) -
         record["run"] = run_name(s)
         record |= what_was_trained(Path(folder))
 
-    # No time stamp: the same counts, the same bytes.
-    with atomic_write(Path(counts)) as fresh:
-        fresh.write_bytes(gzip.compress(json.dumps(record).encode(), mtime=0))
+    save_packed(record, counts)
 
 
 def what_was_trained(run: Path) -> dict:

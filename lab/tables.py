@@ -11,8 +11,6 @@ Two kinds of 95 % intervals, which answer different questions:
 Only the second speaks of the method. Shapes: S seeds, P problems, K columns of Pass@K.
 """
 
-import gzip
-import json
 from pathlib import Path
 from typing import Sequence
 
@@ -21,6 +19,7 @@ import numpy as np
 from evaluate import bootstrap, pass_table
 from lab.arms import ARMS, BASE, CORE, FRESH, GRPO, GRPO_ENTROPY, MAP, OTHERS, Arm, key
 from lab.plot import draw
+from lab.saved import read_packed
 
 KS = (1, 4, 16, 64, 128)
 SEEDS = range(10)  # those that an arm may have saved counts of
@@ -55,7 +54,7 @@ def read(results: Path, arm: str) -> Records:
     for seed in SEEDS:
         file = results / f"{key(arm, seed)}.json.gz"
         if file.exists():
-            records[seed] = json.loads(gzip.decompress(file.read_bytes()))
+            records[seed] = read_packed(file)
     return records
 
 

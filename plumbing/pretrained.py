@@ -233,9 +233,8 @@ def save(model, tokenizer, directory: str | Path) -> None:
     """Writes a model.Transformer as what transformers' from_pretrained loads, wholly or not at all.
     OSError if it cannot."""
     weights = {}
-    for name, tensor in model.state_dict().items():
-        full_name = name if name.startswith("lm_head") else "model." + name
-        weights[full_name] = tensor.detach().cpu().contiguous()
+    for name, tensor in named_as_in_transformers(model).items():
+        weights[name] = tensor.detach().cpu().contiguous()
 
     # transformers used to call it torch_dtype.
     config = {key: value for key, value in model.config.items() if key != "torch_dtype"}
@@ -249,6 +248,15 @@ def save(model, tokenizer, directory: str | Path) -> None:
         write_json(fresh / "config.json", config)
         write_json(fresh / "generation_config.json", generation)
         tokenizer.save_pretrained(fresh)
+
+
+def named_as_in_transformers(model) -> dict[str, Tensor]:
+    """The weights of a model.Transformer, by the names that the families' files have."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        full_name = name if name.startswith("lm_head") else "model." + name
+        weights[full_name] = tensor
+    return weights
 
 
 def write_json(file: Path, content: dict) -> None:

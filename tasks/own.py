@@ -20,14 +20,7 @@ def load_own_task(name: str):
     """FILE:CLASS -> the task. ValueError or FileNotFoundError say in one sentence what is wrong
     with it."""
     file, _, class_name = name.rpartition(":")
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"--task {name}: there is no file {file!r}")
-
-    with errors_in_a_sentence(f"--task {name}", file):
-        module = run_file(Path(file))
-    make = getattr(module, class_name, None)
-    if make is None:
-        raise ValueError(f"--task {name}: {file} has no class {class_name!r}")
+    make = find_in_file("--task", name, "class")
     if not callable(make):
         raise ValueError(f"--task {name}: {class_name} is no class but {make!r}")
     with errors_in_a_sentence(f"--task {name}", file):
@@ -40,6 +33,20 @@ def load_own_task(name: str):
     if missing:
         raise ValueError(f"--task {name}: {class_name} lacks {', '.join(missing)}")
     return task
+
+
+def find_in_file(flag: str, name: str, kind: str):
+    """FILE:NAME, as the flag has it -> what the file calls NAME, which is to be of this kind.
+    FileNotFoundError, and ValueError for whatever else is wrong."""
+    file, _, name_in_it = name.rpartition(":")
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{flag} {name}: there is no file {file!r}")
+    with errors_in_a_sentence(f"{flag} {name}", file):
+        module = run_file(Path(file))
+    found = getattr(module, name_in_it, None)
+    if found is None:
+        raise ValueError(f"{flag} {name}: {file} has no {kind} {name_in_it!r}")
+    return found
 
 
 def run_file(file: Path):
