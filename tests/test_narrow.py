@@ -4,6 +4,7 @@ sorting, and the tables of lab/NARROW.md made again from the saved counts."""
 import gzip
 import json
 import re
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from evaluate import pass_table
 from lab.arms import key
 from lab.difficulty import weighted_group_advantage
-from lab.narrow import DIFFICULTY, SETTING, TRAINED, Settings, by_difficulty, passes, tables
+from lab.narrow import BASE, DIFFICULTY, SETTING, TRAINED, Settings, by_difficulty, passes, tables
 from lab.tables import read_all
 from plumbing.settings import PRESETS, check, parse_flags
 from plumbing.settings import Settings as TrainSettings
@@ -96,6 +97,44 @@ def test_every_figure_of_the_verdicts_is_one_of_the_tables():
     known = tables(Settings()) + " ".join(gains)
     assert len(figures) == 27
     assert [figure for figure in figures if figure not in known] == []
+
+
+def interval(arm, against, column):
+    """95 %, of the difference paired by seed: Student's t of four degrees of freedom, by hand."""
+    records = read_all(Path("lab/results/narrow"), TRAINED)
+    ours, others = passes(records[arm]), passes(records[against])
+    differences = [(ours[seed] - others[seed])[:, column].mean() for seed in range(5)]
+    mean = statistics.mean(differences)
+    half = 2.776 * statistics.stdev(differences) / 5**0.5
+    return mean - half, mean + half
+
+
+@pytest.mark.parametrize(
+    ("arm", "against", "single", "many"),
+    [
+        ("entropy advantage", "GRPO", "contains 0", "contains 0"),  # prediction 2
+        ("full strength", "GRPO", "contains 0", "higher"),  # 3
+        ("difficulty weight alone", "GRPO", "contains 0", "higher"),  # 4
+        ("difficulty weight alone", "full strength", "contains 0", "higher"),  # 4, missed
+        ("entropy regularisation", "GRPO", "contains 0", "higher"),  # 5
+        ("without clip-higher", "GRPO", "contains 0", "contains 0"),  # 6, not shown
+    ],
+)
+def test_the_verdicts_are_what_the_intervals_say(arm, against, single, many):
+    """Pass@1 and Pass@256."""
+    for column, verdict in ((0, single), (-1, many)):
+        low, high = interval(arm, against, column)
+        assert (low > 0) == (verdict == "higher")
+        assert (low < 0 < high) == (verdict == "contains 0")
+
+
+def test_grpo_narrows():
+    """Prediction 1: every seed's Pass@256 is far below the base's, and its Pass@1 far above."""
+    records = read_all(Path("lab/results/narrow"), [BASE, *TRAINED])
+    base = passes(records["base"])[0].mean(0)
+    for values in passes(records["GRPO"]).values():
+        assert values.mean(0)[0] > 2 * base[0]
+        assert values.mean(0)[-1] < 0.6 * base[-1]
 
 
 IN_README = {
