@@ -1,0 +1,213 @@
+"""The published relatives of the entropy advantage (lab/methods.py) side by side: what does each do to
+Pass@K, beside GRPO?
+
+    python -m lab.relatives             trains every method, measures it on the *test* problems once,
+                                        prints the tables
+    python -m lab.relatives --tables    only prints the tables, from the saved counts
+
+Two settings, three seeds each, every method as published (docs/methods.md says what differs):
+
+    narrow     `--preset narrow`, where GRPO gives up many problems (lab/narrow.py, which has measured
+               GRPO, the entropy advantage, full strength and the difficulty weight there already:
+               their counts of the same seeds stand beside these)
+    embedded   train.py's defaults, 40 steps: there GRPO's reward has stopped to rise (lab/RESULTS.md)
+
+No learning rate is another than train.py's: AdamW divides by the gradient's size. GSPO has its paper's
+clips, CISPO no lower one. `gspo-token` is left out: with one advantage an answer it is GSPO.
+
+## Frozen before any of these runs, with what was known
+
+Known: no method of lab/methods.py but `grpo` and `difficulty` had been trained for more than a few
+steps. The results of lab.narrow and lab.study were. A step of the optimizer has about 1,300 tokens in
+narrow, 6,000 in embedded, so the shares of Clip-Cov and KL-Cov, 0.0002, are one token.
+
+Outcomes: Pass@1 and Pass@64 minus GRPO's, paired by seed, 95 % t intervals over three seeds. "No
+difference" means: three seeds show none. Nothing is corrected for how many comparisons there are.
+
+Predictions, narrow:
+
+    1. MaxRL narrows less: Pass@64 higher. Its weight beside GRPO's, sqrt((1 - p) / p), favours hard
+       problems more than the difficulty weight does.
+    2. Dr. GRPO, RLOO and REINFORCE++ do not narrow less: Pass@64 not higher. Beside GRPO they weigh a
+       problem with sqrt(p (1 - p)), which favours those that are solved half of the time. Between the
+       three there is no difference.
+    3. Clip-Cov and adaptive entropy: no difference, because they hardly act: one token a step; the
+       entropy is hardly ever at 0.2.
+    4. KL-Cov and CISPO: no difference. They drop the clip, or its effect on the gradient.
+    5. The multiplied form and 80/20: no difference. They weigh tokens, not problems.
+    6. GSPO learns less: its clips cut most answers after the first of eight updates. So Pass@1 is
+       lower and Pass@64 higher.
+    7. The cosine to GRPO's update on the base (lab.effect) does not order the changes of Pass@64:
+       80/20 turns the update further than the difficulty weight and changes Pass@64 less.
+
+Predictions, embedded:
+
+    8. No method but GSPO has a difference in Pass@64; GSPO's Pass@1 is lower.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from evaluate import pass_table
+from lab import narrow
+from lab.arms import Arm, key
+from lab.children import Children, end_with_the_study, side_by_side
+from lab.tables import gains, over_problems, over_seeds, read_all, table
+from plumbing.lock import lock
+from plumbing.settings import flag, parse_flags
+
+SEEDS = range(3)
+VALIDATION = "--eval-problems 20 --eval-every 100 --final-samples 8"  # seldom, it is not reported
+SETTINGS = {"narrow": "--preset narrow", "embedded": "--steps 40"}
+# Of the embedded setting: test problems, and answers to each.
+PROBLEMS = 100
+SAMPLES = 128
+KS = (1, 4, 16, 64)
+
+GRPO = Arm("GRPO", "--method grpo")
+RELATIVES = [
+    Arm("80-20", "--method 80-20"),
+    Arm("clip-cov", "--method clip-cov"),
+    Arm("kl-cov", "--method kl-cov"),
+    Arm("adaptive-entropy", "--method adaptive-entropy"),
+    Arm("multiplied", "--method multiplied"),
+    Arm("dr-grpo", "--method dr-grpo"),
+    Arm("rloo", "--method rloo"),
+    Arm("reinforce++", "--method reinforce++"),
+    Arm("maxrl", "--method maxrl"),
+    Arm("gspo", "--method gspo --clip-low 3e-4 --clip-high 4e-4"),
+    Arm("cispo", "--method cispo --clip-low 0.999"),
+]
+# lab.narrow has measured these in its setting, from `base` on.
+FROM_NARROW = [
+    narrow.BASE,
+    narrow.GRPO,
+    Arm("entropy advantage"),
+    narrow.FULL_STRENGTH,
+    narrow.DIFFICULTY,
+]
+EMBEDDED = [
+    GRPO,
+    Arm("entropy advantage", "--alpha 0.4"),
+    Arm("difficulty", "--method difficulty"),
+    *RELATIVES,
+]
+ARMS = {"narrow": RELATIVES, "embedded": EMBEDDED}
+
+
+@dataclass
+class Settings:
+    runs: str = flag("runs/relatives", "where the training runs go")
+    results: str = flag("lab/results/relatives", "where the counts go")
+    processes: int = flag(2, "single-threaded processes side by side")
+    tables: bool = flag(False, "only print the tables from the saved counts")
+
+
+@dataclass(frozen=True)
+class Job:
+    setting: str  # of SETTINGS
+    arm: Arm
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}/{key(self.arm.name, self.seed)}"
+
+
+def jobs(s: Settings) -> list[Job]:
+    """What has no counts yet: a setting after the other, in it all methods of a seed before the next
+    seed."""
+    planned = []
+    for setting, arms in ARMS.items():
+        for seed in SEEDS:
+            planned += [Job(setting, arm, seed) for arm in arms]
+    return [job for job in planned if not counts_file(s, job).exists()]
+
+
+def counts_file(s: Settings, job: Job) -> Path:
+    return Path(s.results, f"{job.name}.json.gz")
+
+
+def work(job: Job, s: Settings, children: Children) -> None:
+    """Trains one run, or goes on with it, and measures it."""
+    folder = Path(s.runs, job.name)
+    if folder.exists():
+        children.run("train.py", "--resume", str(folder))
+    else:
+        flags = f"{SETTINGS[job.setting]} {VALIDATION} {job.arm.flags} --seed {job.seed}".split()
+        children.run("train.py", "--out", str(folder.parent), "--name", folder.name, *flags)
+    counts = str(counts_file(s, job))
+    if job.setting == "narrow":
+        command = f"from lab.narrow import measure; measure{str(folder), counts}"
+    else:
+        arguments = (str(folder), counts, "test", PROBLEMS, SAMPLES)
+        command = f"from lab.study import measure; measure{arguments}"
+    children.run("-c", command)
+
+
+def run_and_print(s: Settings) -> None:
+    """ChildProcessError, after the tables, if a run failed."""
+    failures = []
+    if not s.tables:
+        with lock(Path(s.results)):
+            failures = side_by_side(
+                lambda job, children: work(job, s, children), jobs(s), s.processes, "relatives"
+            )
+    print(tables(s))
+    if failures:
+        raise ChildProcessError("; ".join(failures))
+
+
+def tables(s: Settings) -> str:
+    """Of each setting the levels, and the differences to GRPO, paired by seed. Markdown."""
+    titles = [f"Pass@{k}" for k in KS]
+    parts = []
+    for setting in SETTINGS:
+        rate = {name: passes(records) for name, records in read_setting(s, setting).items()}
+        levels = []
+        differences = []
+        for name, values in rate.items():
+            stacked = np.stack(list(values.values()))  # [seeds, problems, K]
+            levels.append([f"{name} ({len(values)})", *over_problems(stacked)])
+            both = set(values) & set(rate.get(GRPO.name, {}))
+            if name not in (GRPO.name, narrow.BASE.name) and both:
+                gain = gains(values, rate[GRPO.name]).mean(1)  # [seeds, K]
+                differences.append([f"{name} − GRPO ({len(gain)})", *over_seeds(gain)])
+        head = f"{setting}, mean over seeds (how many), 95 % interval over problems"
+        parts.append(table([head, *titles], levels))
+        head = f"{setting}, difference (seeds), 95 % interval over seeds"
+        parts.append(table([head, *titles], differences))
+    return "\n\n".join(parts)
+
+
+def read_setting(s: Settings, setting: str) -> dict[str, dict]:
+    """Arm -> seed -> what was measured, of those that have some."""
+    found = {}
+    if setting == "narrow":
+        found = read_all(Path(narrow.Settings.results), FROM_NARROW)
+    found |= read_all(Path(s.results, setting), ARMS[setting])
+    return {name: of_seeds(records) for name, records in found.items()}
+
+
+def of_seeds(records: dict[int, dict]) -> dict[int, dict]:
+    """Those of this comparison's seeds; lab.narrow has more."""
+    return {seed: record for seed, record in records.items() if seed in SEEDS}
+
+
+def passes(records: dict[int, dict]) -> dict[int, np.ndarray]:
+    """Pass@K of every problem, [problems, K], by seed."""
+    return {seed: pass_table(r["solved"], r["samples"], KS) for seed, r in records.items()}
+
+
+if __name__ == "__main__":
+    end_with_the_study()
+    settings = parse_flags(Settings, __doc__)
+    try:
+        run_and_print(settings)
+    except (ValueError, OSError) as error:
+        sys.exit(f"lab.relatives: {error}")
+    except KeyboardInterrupt:
+        sys.exit("lab.relatives: stopped; the same command goes on")
