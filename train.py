@@ -28,6 +28,7 @@ import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
@@ -60,6 +61,7 @@ from plumbing.metrics import (
 )
 from plumbing.optimizer import make_optimizer
 from plumbing.pretrained import open_pretrained, save
+from plumbing.resample import resample
 from plumbing.run import Run, claim, no_other_flag
 from plumbing.seeds import seeded_generator
 from plumbing.settings import PRESETS, Settings, check, parse_flags, pick_device
@@ -100,25 +102,23 @@ def training_step(step: int, learner: Learner, s: Settings) -> StepRecord:
 
     # Sample: several answers to each of the step's problems.
     problems = problems_of_step(learner.problems, s.prompts, step - 1, s.seed)  # counted from 0
-    problems = my_share(problems, s.minibatch, learner.rank, learner.world)
-    prompts = [learner.task.encode(problem, learner.tokenizer) for problem in problems]
-    generator = rollout_generator(step, learner, s)
-    episodes = learner.sampler.generate(
-        prompts, s.samples, s.max_new_tokens, s.temperature, generator
-    )
-    learner.sampler.free()  # the update needs the memory
+    mine = my_share(problems, s.minibatch, learner.rank, learner.world)
+    episodes = sample_answers(mine, rollout_generator(step, learner, s), learner, s)
     record.episodes = episodes
     record.lap("rollout_s")
 
     # Reward: +1 for a right answer, -1 for any other.
-    rewards = learner.task.rewards(
-        [problems[episode.prompt_index] for episode in episodes],
-        texts(learner.tokenizer, episodes),
-        [episode.finished for episode in episodes],
-    )
-    reward = torch.tensor(rewards)  # [N]
+    reward = reward_answers(mine, episodes, learner)  # [N]
     record.reward = reward
     record.lap("reward_s")
+
+    # Only with --resample: other problems in the place of those that teach nothing.
+    if s.resample:
+        draw = partial(further_answers, step=step, learner=learner, s=s, record=record)
+        record.resampled = resample(
+            problems, episodes, reward, draw, candidates=learner.problems, step=step, s=s
+        )
+        episodes, reward, _ = record.resampled
 
     # Advantage: how much better an answer is than its group (GRPO), or than the critic expected
     # (PPO). The sampler's own log-probabilities are the old policy's.
@@ -126,7 +126,7 @@ def training_step(step: int, learner: Learner, s: Settings) -> StepRecord:
     if not old_logp.isfinite().all():
         raise FloatingPointError("a sampled log-probability is not finite")
     if s.algo == "grpo":
-        group = torch.arange(len(problems)).repeat_interleave(s.samples)  # [N]
+        group = torch.arange(len(mine)).repeat_interleave(s.samples)  # [N]
         per_answer = advantage_of(s.method, group_advantage)(reward, group)  # [N]
         advantage = per_answer[:, None] * mask
     else:
@@ -151,9 +151,55 @@ def training_step(step: int, learner: Learner, s: Settings) -> StepRecord:
     return record
 
 
-def rollout_generator(step: int, learner: Learner, s: Settings) -> torch.Generator:
-    """Each process has random numbers of its own; the first has those of a single process."""
+def sample_answers(
+    problems: list[Problem], generator: torch.Generator, learner: Learner, s: Settings
+) -> list[Episode]:
+    """s.samples to each problem, in turn."""
+    prompts = [learner.task.encode(problem, learner.tokenizer) for problem in problems]
+    episodes = learner.sampler.generate(
+        prompts, s.samples, s.max_new_tokens, s.temperature, generator
+    )
+    learner.sampler.free()  # the update needs the memory
+    return episodes
+
+
+def reward_answers(problems: list[Problem], episodes: list[Episode], learner: Learner) -> Tensor:
+    """-> [N]"""
+    rewards = learner.task.rewards(
+        [problems[episode.prompt_index] for episode in episodes],
+        texts(learner.tokenizer, episodes),
+        [episode.finished for episode in episodes],
+    )
+    return torch.tensor(rewards)
+
+
+def further_answers(
+    problems: list[Problem],
+    round_number: int,
+    step: int,
+    learner: Learner,
+    s: Settings,
+    record: StepRecord,
+) -> tuple[list[Episode], Tensor]:
+    """A round of --resample: answers and their rewards [N], both also into the record."""
+    generator = rollout_generator(step, learner, s, round_number)
+    episodes = sample_answers(problems, generator, learner, s)
+    record.episodes = [*record.episodes, *episodes]
+    record.lap("rollout_s")
+    reward = reward_answers(problems, episodes, learner)
+    record.reward = torch.cat((record.reward, reward))
+    record.lap("reward_s")
+    return episodes, reward
+
+
+def rollout_generator(
+    step: int, learner: Learner, s: Settings, round_number: int = 0
+) -> torch.Generator:
+    """Each process has random numbers of its own; the first has those of a single process. So has
+    each round of --resample, from 1."""
     stream = f"rollout {learner.rank}" if learner.rank else "rollout"
+    if round_number:
+        stream = f"resample {round_number} {learner.rank}"
     return seeded_generator(s.seed, step, stream, learner.device)
 
 

@@ -273,7 +273,8 @@ def check_host(s, length: int, device: torch.device, on_device: float, model: fl
     """ValueError if this machine's memory is too small for the answers of a rollout, of all
     processes, or of a problem's validation. In bytes: `on_device`, all that is taken there, and
     `model`, which comes from a GPU to be saved (the state comes tensor by tensor)."""
-    answers = max(s.prompts * s.samples, s.eval_samples, s.final_samples)
+    rollouts = 1 + s.resample  # what a further round drops stays for the log
+    answers = max(s.prompts * s.samples * rollouts, s.eval_samples, s.final_samples)
     # int64 tokens of prompt and response; of a response's tokens log-probability and entropy too,
     # and padded: mask, log-probability, advantage, value, return.
     tokens = length * 8 + s.max_new_tokens * (4 + 4 + 1 + 4 * 4)

@@ -18,6 +18,7 @@ from plumbing.distributed import gather
 from plumbing.memory import peak_memory
 
 if TYPE_CHECKING:
+    from plumbing.resample import Resampled
     from rollout import Episode
 
 # Over processes the largest of these counts, not the sum.
@@ -43,8 +44,10 @@ class StepRecord:
 
     clock: Stopwatch = field(default_factory=Stopwatch)
     seconds: dict[str, float] = field(default_factory=dict)
+    # All that was sampled, also what --resample drops.
     episodes: list["Episode"] = field(default_factory=list)
     reward: Tensor | None = None  # [N]
+    resampled: "Resampled | None" = None  # with --resample alone: what was learned from
     updates: list[Counter] = field(default_factory=list)
     # With a critic alone: its updates, and [tokens] before them.
     critic_updates: list[Counter] = field(default_factory=list)
@@ -52,8 +55,8 @@ class StepRecord:
     ret: Tensor | None = None
 
     def lap(self, name: str) -> None:
-        """Notes the seconds since the last lap."""
-        self.seconds[name] = self.clock.lap()
+        """Notes the seconds since the last lap, besides those that it has of this name."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.clock.lap()
 
 
 class UpdateSums:
@@ -98,6 +101,10 @@ def log_line(
     )
     if s.method:
         line["arm"] = f"{s.method}, {line['arm']}"
+    if s.resample:
+        line["arm"] += f", resample {s.resample}"
+        kept = torch.cat(gather(record.resampled.reward))
+        line |= resampling_metrics(reward, kept, record.resampled.rounds, s.samples)
     if s.algo == "ppo":
         value = torch.cat(gather(record.value))
         ret = torch.cat(gather(record.ret))
@@ -169,19 +176,17 @@ def policy_metrics(
     """The policy's part of a step's log line; reward [N], `samples` of each problem in turn."""
     tokens = sum(len(episode.response) for episode in episodes)
     entropy = torch.cat([episode.entropy for episode in episodes])  # [tokens]
-    groups = reward.view(-1, samples)  # [problems, samples]
-    equal = (groups == groups[:, :1]).all(dim=1)
     # Only in the first update have sampler and scorer the same weights. (None of it may be scored.)
     first_update = updates[:1]
     gaps = [sums["gap_max"] for sums in first_update if sums["tokens"]]
     return {
         "step": step,
-        # Of all answers of the rollout.
+        # Of all answers that were sampled; with --resample that is more than was learned from.
         "reward": float(reward.mean()),
         "length": tokens / len(episodes),  # response tokens
         "finished": sum(episode.finished for episode in episodes) / len(episodes),
         "entropy": float(entropy.mean()),  # nats per token, of the distribution sampled from
-        "equal_groups": float(equal.float().mean()),  # share of problems that teach nothing
+        "equal_groups": equal_groups(reward, samples),  # share of problems that teach nothing
         # Of the tokens that were scored, over all updates: psi / |A|, and the clips.
         "shaping": mean_per("tokens", updates, "shaping"),
         "shaping_up": mean_per("up", updates, "shaping_up"),
@@ -197,6 +202,25 @@ def policy_metrics(
         "gap_max": max(gaps, default=None),
         "gap_mean": mean_per("tokens", first_update, "gap"),
         "tokens": tokens,
+    }
+
+
+def equal_groups(reward: Tensor, samples: int) -> float:
+    """The share of groups whose rewards are all equal; reward [N]."""
+    groups = reward.view(-1, samples)  # [problems, samples]
+    equal = (groups == groups[:, :1]).all(dim=1)
+    return float(equal.float().mean())
+
+
+def resampling_metrics(reward: Tensor, kept: Tensor, rounds: int, samples: int) -> dict:
+    """What --resample adds to a log line: rewards [N] of all answers that were sampled, and of
+    those that were learned from."""
+    return {
+        "drawn": len(reward) // samples,  # problems, the step's own and further ones
+        "rounds": rounds,  # that were used
+        # Of the answers that were learned from.
+        "kept_reward": float(kept.mean()),
+        "kept_equal_groups": equal_groups(kept, samples),  # places that stayed open
     }
 
 

@@ -50,7 +50,7 @@ EVALUATION_PRESETS = {"paper": dict(temperature=0.6, top_p=0.95)}
 
 # Settings that were made later than some runs, whose config.json lacks them: the values with which
 # such a run goes on as it began.
-ADDED_LATER = dict(graph=True, date="", method="")
+ADDED_LATER = dict(graph=True, date="", method="", resample=0)
 # Tokens of a micro-batch unless they are given: a GPU is fast only with much work at a time.
 MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}
 
@@ -112,6 +112,9 @@ class Settings:
     prompts: int = flag(32, "problems per rollout")
     samples: int = flag(16, "answers per problem, the group of GRPO")
     minibatch: int = flag(4, "problems per optimizer step")
+    resample: int = flag(
+        0, "rounds in which groups of equal rewards give place to other problems (DAPO)", least=0
+    )
     # The objective.
     lr: float = flag(2e-4, "AdamW's learning rate, constant")
     weight_decay: float = flag(0.01, "AdamW's weight decay")
@@ -333,6 +336,7 @@ def check(s: Settings) -> None:
         "less than --steps, or the policy never moves",
     )
     demand(not s.method or s.algo == "grpo", "method", "left out with --algo ppo")
+    demand(not s.resample or s.algo == "grpo", "resample", "0 with --algo ppo, which has no groups")
     demand(s.prompts % s.minibatch == 0, "minibatch", f"a divisor of --prompts, {s.prompts}")
     demand(s.minibatch % processes == 0, "minibatch", "a multiple of the number of processes")
     demand(s.gamma <= 1, "gamma", "at most 1")
