@@ -17,7 +17,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
 
 @contextmanager
@@ -157,8 +157,15 @@ def state_of(parts: dict[str, tuple]) -> dict[str, Tensor]:
         for name, parameter in module.named_parameters():
             tensors[f"{part}/{name}/weight"] = parameter.detach()
             for key, moment in optimizer.state[parameter].items():
-                tensors[f"{part}/{name}/{key}"] = moment.detach()
+                tensors |= plain_tensors(f"{part}/{name}/{key}", moment)
     return tensors
+
+
+def plain_tensors(name: str, moment: Tensor) -> dict[str, Tensor]:
+    """The moment itself; or, of one in 8 bits (plumbing/eight_bit.py), what it is made of."""
+    if not hasattr(moment, "codes"):
+        return {name: moment.detach()}
+    return {f"{name}/codes": moment.codes, f"{name}/scale": moment.scale}
 
 
 def save_state(

@@ -52,6 +52,10 @@ def make_optimizer(module: torch.nn.Module, lr: float, s) -> torch.optim.Optimiz
     sequence to learn from is a step too, and None would leave it out."""
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
+    if s.optimizer == "adamw8bit":
+        from plumbing.eight_bit import SeededAdamW8bit  # torchao's
+
+        return SeededAdamW8bit(module.parameters(), lr, s.weight_decay, s.seed)
     if s.weights == "bfloat16":
         return MasterAdamW(module.parameters(), lr, weight_decay=s.weight_decay)
     # On a GPU one kernel for all weights, and without copies of them on the way.

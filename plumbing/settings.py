@@ -5,6 +5,7 @@ model and two CPU cores."""
 import argparse
 import dataclasses
 import datetime
+import importlib.util
 import math
 import os
 import sys
@@ -19,6 +20,7 @@ from plumbing.method import find_method
 TEMPLATE_NAMES = ("dapo", "qwen-math", "chat", "none")
 DTYPES = ("float32", "bfloat16")
 ALGORITHMS = ("grpo", "ppo")
+OPTIMIZERS = ("adamw", "adamw8bit")
 PAPER_ALPHA = {"grpo": 0.4, "ppo": 0.1}
 
 PAPER = dict(
@@ -50,7 +52,7 @@ EVALUATION_PRESETS = {"paper": dict(temperature=0.6, top_p=0.95)}
 
 # Settings that were made later than some runs, whose config.json lacks them: the values with which
 # such a run goes on as it began.
-ADDED_LATER = dict(graph=True, date="", method="", resample=0)
+ADDED_LATER = dict(graph=True, date="", method="", resample=0, optimizer="adamw")
 # Tokens of a micro-batch unless they are given: a GPU is fast only with much work at a time.
 MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}
 
@@ -169,6 +171,11 @@ class Settings:
         "float32",
         "in which weights are stored; bfloat16 has a float32 master in the optimizer",
         choices=DTYPES,
+    )
+    optimizer: str = flag(
+        "adamw",
+        "adamw8bit, of torchao: moments of 8 bits and no float32 master, for --weights bfloat16",
+        choices=OPTIMIZERS,
     )
     decode_dtype: str = flag(
         None, "of the sampler's copy of the weights, if not --dtype", choices=DTYPES, type=str
@@ -347,6 +354,12 @@ def check(s: Settings) -> None:
     demand(
         s.weights in ("float32", s.dtype), "weights", "float32, or bfloat16 with --dtype bfloat16"
     )
+    eight_bit = s.optimizer == "adamw8bit"
+    demand(
+        not eight_bit or s.weights == "bfloat16", "optimizer", "adamw without --weights bfloat16"
+    )
+    if eight_bit and importlib.util.find_spec("torchao") is None:
+        raise ValueError("--optimizer adamw8bit needs torchao: pip install torchao==0.18.0")
 
 
 def run_name(s: Settings) -> str:
