@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from plumbing.batch import response_mask
+from plumbing.distributed import own_slice
 from plumbing.pretrained import (
     Pretrained,
     check_supported,
@@ -30,6 +31,7 @@ from plumbing.pretrained import (
     read_weights,
     rope_parameters,
 )
+from plumbing.shard import is_sharded, shard
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -364,12 +366,36 @@ def load(
 
 
 def load_weights(
-    pretrained: Pretrained, device: str | torch.device, dtype: torch.dtype
+    pretrained: Pretrained,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    sharded: bool = False,
 ) -> Transformer:
-    """The model of an opened folder. Each weight is read into its place: it is in memory once."""
+    """The model of an opened folder. Each weight is read into its place: it is in memory once, or
+    `sharded`, a slice of it in each process (plumbing/shard.py)."""
     with torch.device("meta"):  # shapes only; what is not read below is an error
         model = Transformer(pretrained.config)
-    model = model.to(dtype).to_empty(device=device)
+    model = model.to(dtype)
+    if sharded:
+        shard(model, device)
+    model = model.to_empty(device=device)
     read_weights(pretrained.folder, model.state_dict())
     model.eos_ids = end_tokens(pretrained)
     return model
+
+
+def make_critic(policy: Transformer) -> Critic:
+    """A critic of the policy's weights; sharded, if the policy is."""
+    if not is_sharded(policy):
+        return Critic(policy)
+    with torch.device("meta"):
+        critic = Critic(Transformer(policy.config).to(policy.head.dtype))
+    shard(critic, policy.head.device)
+    critic.to_empty(device=policy.head.device)
+    theirs = policy.state_dict()
+    for name, mine in critic.body.state_dict().items():
+        own_slice(mine).copy_(own_slice(theirs[name]))
+    for parameter in critic.value.parameters():
+        own_slice(parameter.detach()).zero_()
+    critic.body.recompute = policy.recompute
+    return critic

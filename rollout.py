@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from model import Transformer
 from plumbing.decode_graph import Graphs, GraphedStep
+from plumbing.distributed import whole
 
 CHECK_EVERY = 8  # tokens between two looks at the finished flags
 GROW_BY = 16  # the cache is as long as the furthest row has needed, in multiples of this ...
@@ -107,7 +108,7 @@ def texts(tokenizer, episodes: Sequence[Episode]) -> list[str]:
 class Sampler:
     """`slots` sequences at a time, each of at most `max_length` tokens with its prompt. `dtype` is
     that of the decode weights and the cache (default: the model's own, and then no copy is made).
-    `graph`: on a GPU, decode steps as CUDA graphs."""
+    `graph`: on a GPU, decode steps as CUDA graphs. `decoder`: a copy of the model to decode with."""
 
     def __init__(
         self,
@@ -117,6 +118,7 @@ class Sampler:
         eos_ids: Sequence[int],
         dtype: torch.dtype | None = None,
         graph: bool = True,
+        decoder: Transformer | None = None,
     ) -> None:
         if not eos_ids:
             raise ValueError("the sampler needs at least one end-of-sequence id")
@@ -127,7 +129,9 @@ class Sampler:
         self.device = model.head.device
         self.dtype = dtype or model.head.dtype
         same_weights = self.dtype == model.head.dtype
-        self.decoder = model if same_weights else copy.deepcopy(model).to(self.dtype)
+        if decoder is None:
+            decoder = model if same_weights else copy.deepcopy(model).to(self.dtype)
+        self.decoder = decoder
         self.graphs = Graphs(wanted=graph and self.device.type == "cuda")
         # One piece of memory; the cache in use is a view of its start (view_of_buffer).
         self.buffer: Tensor | None = None
@@ -139,7 +143,7 @@ class Sampler:
         if self.decoder is self.model:
             return
         for mine, theirs in zip(self.decoder.parameters(), self.model.parameters()):
-            mine.copy_(theirs)
+            mine.copy_(whole(theirs))
 
     def allocate(self, rows: int) -> None:
         """Makes room for the longest sequences in `rows` slots, unless it is there."""

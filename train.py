@@ -45,9 +45,9 @@ from advantage import (
     whiten,
 )
 from evaluate import chosen_ks, count_solved, report
-from model import Critic, Transformer, count_parameters, load_weights, score
+from model import Critic, Transformer, count_parameters, load_weights, make_critic, score
 from plumbing.batch import collate, micro_batches, my_share, pad_responses, problems_of_step
-from plumbing.distributed import gather, join, sum_gradients
+from plumbing.distributed import clip_gradients, gather, join, sum_gradients
 from plumbing.memory import check_disk, plan
 from plumbing.method import Update, advantage_of, by_log, by_method
 from plumbing.metrics import (
@@ -65,6 +65,7 @@ from plumbing.resample import resample
 from plumbing.run import Run, claim, no_other_flag
 from plumbing.seeds import seeded_generator
 from plumbing.settings import PRESETS, Settings, check, parse_flags, pick_device
+from plumbing.shard import in_step
 from plumbing.stop import stop
 from rollout import Episode, Sampler, texts
 from tasks import Problem, load_task
@@ -222,7 +223,7 @@ def update(
     paper = Update(advantage, denominator, shape_with_entropy, policy_loss, s)
     this = by_method(paper, episodes, old_logp)
     scored = needs_forward(this.advantage, this.s)
-    for rows in micro_batches(episodes, s.micro_tokens, among=scored):
+    for rows in in_step(model, micro_batches(episodes, s.micro_tokens, among=scored)):
         batch = collate([episodes[i] for i in rows], device)  # tokens [B, T]
         old = batch.align(old_logp[rows])  # [B, T-1], as all below
         unshaped = batch.align(this.advantage[rows])
@@ -292,7 +293,7 @@ def optimizer_step(
     too, for AdamW's moments and the weight decay. FloatingPointError before any weight has
     changed."""
     sum_gradients(module)
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), s.grad_clip)
+    norm = clip_gradients(module, s.grad_clip)
     sums.add({"grad_norm": norm})
     total = sums.total()
     if not math.isfinite(total["loss"] + total["grad_norm"]):
@@ -310,7 +311,7 @@ def critic_advantage(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PPO's advantages: reward [N], mask [N, R] -> whitened advantage, value, return, [N, R]."""
     value = torch.zeros(mask.shape)
-    for rows in micro_batches(episodes, s.micro_tokens):
+    for rows in in_step(critic, micro_batches(episodes, s.micro_tokens)):
         batch = collate([episodes[i] for i in rows], critic.value.weight.device)
         with autocast(batch.tokens.device, s):
             predicted = critic(batch.tokens)  # [B, T-1]
@@ -338,7 +339,7 @@ def update_critic(
     updates, and the returns to fit."""
     sums = UpdateSums()
     denominator = sum(gather(count_tokens(episodes)))
-    for rows in micro_batches(episodes, s.micro_tokens):
+    for rows in in_step(critic, micro_batches(episodes, s.micro_tokens)):
         batch = collate([episodes[i] for i in rows], critic.value.weight.device)
         old = batch.align(value[rows])  # [B, T-1], as all below
         target = batch.align(ret[rows])
@@ -442,14 +443,16 @@ def prepare(s: Settings) -> Learner:
     if rank == 0:
         print(f"{planned}\nleft out: {left_out} prompts over {s.max_prompt_tokens} tokens")
 
-    model = load_weights(pretrained, device, getattr(torch, s.weights))
+    model = load_weights(pretrained, device, getattr(torch, s.weights), sharded=s.shard)
     model.recompute = s.recompute
     policy = Trained(model, make_optimizer(model, s.lr, s))
     critic = None
     if s.algo == "ppo":
-        value_model = Critic(model)
+        value_model = make_critic(model)
         critic = Trained(value_model, make_optimizer(value_model, s.critic_lr, s))
     decode_dtype = getattr(torch, s.decode_dtype or s.dtype)
+    # Nobody can decode alone with slices.
+    decoder = load_weights(pretrained, device, decode_dtype) if s.shard else None
     return Learner(
         task=task,
         tokenizer=pretrained.tokenizer,
@@ -458,7 +461,7 @@ def prepare(s: Settings) -> Learner:
         longest=longest,
         policy=policy,
         critic=critic,
-        sampler=Sampler(model, s.slots, length, model.eos_ids, decode_dtype, s.graph),
+        sampler=Sampler(model, s.slots, length, model.eos_ids, decode_dtype, s.graph, decoder),
         rows=rows,
         device=device,
         rank=rank,

@@ -17,6 +17,8 @@ import safetensors
 import torch
 from torch import Tensor
 
+from plumbing.distributed import own_slice, slice_for, whole
+
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
 
@@ -174,12 +176,28 @@ def save_state(
     """model/, by save_model, then the state. FloatingPointError, and nothing is written, if a
     number is not finite."""
     tensors = state_of(parts)
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise FloatingPointError(f"{name} holds NaN or infinity")
+    refuse_not_finite(tensors)
     save_model(run / "model")
     with atomic_write(run / "state.safetensors") as fresh:
         write_tensors(tensors, fresh, {"step": str(step)})
+
+
+def help_to_save(parts: dict[str, tuple]) -> None:
+    """What the other processes do while one is in save_state: it asks for their slices, of the policy
+    and of the state, in this order."""
+    tensors = state_of(parts)
+    refuse_not_finite(tensors)
+    policy, _ = parts["policy"]
+    for weight in policy.state_dict().values():
+        whole(weight)
+    for name in in_file_order(tensors):
+        whole(tensors[name])
+
+
+def refuse_not_finite(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not own_slice(tensor).isfinite().all():
+            raise FloatingPointError(f"{name} holds NaN or infinity")
 
 
 def write_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
@@ -188,8 +206,8 @@ def write_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, st
     time.
 
     The format: the header's length in 8 bytes; the header, JSON filled up with spaces to a multiple
-    of 8; the numbers. Wide ones first, so that each lies at a multiple of its size."""
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    of 8; the numbers."""
+    names = in_file_order(tensors)
     header: dict[str, dict] = {"__metadata__": metadata}
     end = 0
     for name in names:
@@ -207,8 +225,13 @@ def write_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, st
         out.write(len(text).to_bytes(8, "little"))
         out.write(text)
         for name in names:
-            numbers = tensors[name].detach().cpu().contiguous().flatten()
+            numbers = whole(tensors[name]).detach().cpu().contiguous().flatten()
             out.write(numbers.view(torch.uint8).numpy())
+
+
+def in_file_order(tensors: dict[str, Tensor]) -> list[str]:
+    """Wide numbers first, so that each lies at a multiple of its size."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
 def load_state(run: Path, parts: dict[str, tuple]) -> int:
@@ -237,6 +260,7 @@ def copy_into(tensors: dict[str, Tensor], saved) -> None:
             raise ValueError(f"{name} belongs to another model or algorithm")
         if kept.dtype != place.dtype:
             raise ValueError(f"{name} is of {kept.dtype}, and not of {place.dtype}")
-        if not kept.isfinite().all():
+        mine = slice_for(place, kept)
+        if not mine.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity")
-        place.copy_(kept)
+        own_slice(place).copy_(mine)

@@ -1,4 +1,5 @@
-"""Several processes, each with a whole model and a share of every minibatch's problems.
+"""Several processes, each with a whole model (or, with --shard, a slice of every weight) and a
+share of every minibatch's problems.
 
 torchrun starts them. Everything that has to be the same in all of them goes through `gather`, and
 the gradients through `sum_gradients`. With one process `gather` gives a list of one, and
@@ -14,6 +15,7 @@ from typing import Iterator
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 class OthersEnded(Exception):
@@ -72,7 +74,44 @@ def sum_gradients(module: torch.nn.Module) -> None:
         return
     with others_needed():
         for parameter in module.parameters():
-            dist.all_reduce(parameter.grad)
+            if not is_slice(parameter):  # of slices, the backward pass has added them up
+                dist.all_reduce(parameter.grad)
+
+
+def clip_gradients(module: torch.nn.Module, most: float) -> Tensor:
+    """Scales them so that their norm is `most` at most -> what it was before, []."""
+    with others_needed():
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), most)
+        return whole(norm)
+
+
+def is_slice(tensor: Tensor) -> bool:
+    """Whether it is a DTensor: its shape is that of the whole, its numbers are those of this process's
+    slice. (Without importing DTensor, which takes a second.)"""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a slice's tensor, for which all processes must call it together; else itself."""
+    if not is_slice(tensor):
+        return tensor
+    with others_needed():
+        return tensor.full_tensor()
+
+
+def own_slice(tensor: Tensor) -> Tensor:
+    """The numbers of a slice, in place; else itself."""
+    return tensor.to_local() if is_slice(tensor) else tensor
+
+
+def slice_for(place: Tensor, content: Tensor) -> Tensor:
+    """What of a whole `content` belongs into `place`: rows, if that is a slice; else all of it."""
+    if not is_slice(place):
+        return content
+    # As torch.chunk cuts: the last processes may have fewer rows, or none.
+    each = -(-len(content) // dist.get_world_size())
+    first = each * dist.get_rank()
+    return content[first : first + each]
 
 
 def is_first_process() -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from plumbing.checkpoint import atomic_write, read_json
+from plumbing.distributed import own_slice, slice_for, whole
 
 EMBEDDED = "base"  # the model that ships with the code
 WEIGHTS = "model.safetensors"
@@ -191,7 +192,7 @@ def copy_weight(file: Path, name: str, new: Tensor, waiting: dict[str, Tensor]) 
         raise ValueError(
             f"{name} in {file} is {tuple(new.shape)}, config.json wants {tuple(place.shape)}"
         )
-    place.copy_(new)
+    own_slice(place).copy_(slice_for(place, new))
 
 
 def check_tied(folder: Path, embedding: Tensor) -> None:
@@ -201,8 +202,10 @@ def check_tied(folder: Path, embedding: Tensor) -> None:
         with safetensors.safe_open(file, "pt") as saved:
             if "lm_head.weight" not in saved.keys():
                 continue
-            head = saved.get_tensor("lm_head.weight").to(embedding)  # its device and type
-        if not torch.equal(head, embedding):
+            head = slice_for(embedding, saved.get_tensor("lm_head.weight"))
+        if not torch.equal(
+            head.to(own_slice(embedding)), own_slice(embedding)
+        ):  # its device and type
             raise ValueError(
                 f"{file} has a head that is not the embedding, as config.json says by "
                 '"tie_word_embeddings": true; is it false?'
@@ -234,7 +237,7 @@ def save(model, tokenizer, directory: str | Path) -> None:
     OSError if it cannot."""
     weights = {}
     for name, tensor in named_as_in_transformers(model).items():
-        weights[name] = tensor.detach().cpu().contiguous()
+        weights[name] = whole(tensor).detach().cpu().contiguous()
 
     # transformers used to call it torch_dtype.
     config = {key: value for key, value in model.config.items() if key != "torch_dtype"}

@@ -14,6 +14,7 @@ from plumbing.checkpoint import (
     append_line,
     atomic_write,
     flush_to_disk,
+    help_to_save,
     keep_lines,
     load_state,
     read_json,
@@ -176,6 +177,8 @@ class Run:
     def save(self, step: int) -> None:
         if self.writes:
             save_state(self.place, step, self.parts, self.save_model)
+        else:
+            help_to_save(self.parts)
         gather(None)  # so that all of them know when it is saved
         stop.saved = step
 

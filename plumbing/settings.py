@@ -52,7 +52,9 @@ EVALUATION_PRESETS = {"paper": dict(temperature=0.6, top_p=0.95)}
 
 # Settings that were made later than some runs, whose config.json lacks them: the values with which
 # such a run goes on as it began.
-ADDED_LATER = dict(graph=True, date="", method="", resample=0, optimizer="adamw")
+ADDED_LATER = dict(
+    graph=True, date="", method="", resample=0, optimizer="adamw", shard=False
+)
 # Tokens of a micro-batch unless they are given: a GPU is fast only with much work at a time.
 MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}
 
@@ -149,6 +151,9 @@ class Settings:
         None,
         "tokens, with padding, in one forward and backward pass; by default 2048, on a GPU 8192",
         type=int,
+    )
+    shard: bool = flag(
+        False, "under torchrun: a slice of every weight, gradient and moment in each process"
     )
     chunk: int = flag(2048, "response tokens whose logits exist at a time")
     recompute: bool = flag(
@@ -346,6 +351,11 @@ def check(s: Settings) -> None:
     demand(not s.resample or s.algo == "grpo", "resample", "0 with --algo ppo, which has no groups")
     demand(s.prompts % s.minibatch == 0, "minibatch", f"a divisor of --prompts, {s.prompts}")
     demand(s.minibatch % processes == 0, "minibatch", "a multiple of the number of processes")
+    demand(
+        not s.shard or "WORLD_SIZE" in os.environ,
+        "shard",
+        "left out without torchrun, which starts the processes that share the weights",
+    )
     demand(s.gamma <= 1, "gamma", "at most 1")
     demand(s.lam <= 1, "lam", "at most 1")
     demand(s.clip_low < 1, "clip_low", "less than 1")
