@@ -18,6 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+OTHERS_ENDED = "another process of this run has ended"
+
+
 class OthersEnded(Exception):
     """A process waited for one that is no more."""
 
@@ -54,7 +57,12 @@ def others_needed() -> Iterator[None]:
     except RuntimeError as error:  # torch has no type of its own for it
         reason = str(error).splitlines()[0]
         told = "" if "onnection" in reason else f" ({reason})"
-        raise OthersEnded(f"another process of this run has ended{told}") from None
+        raise OthersEnded(f"{OTHERS_ENDED}{told}") from None
+
+
+def tells_of_others(error: Exception) -> bool:
+    """Whether an error outside `others_needed`, in a pass over sharded weights, is of that kind."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def gather(mine: object) -> list:

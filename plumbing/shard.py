@@ -8,6 +8,7 @@ sampler has a whole copy, refreshed after the updates of a rollout.
 
 What is to be done with a single slice is in plumbing/distributed.py: whole, own_slice, slice_for."""
 
+import warnings
 from typing import Iterator
 
 import torch
@@ -24,6 +25,8 @@ def shard(module: nn.Module, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
+    # A critic returns views, as FSDP2 points out: nobody here writes into them.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     is_critic = hasattr(module, "body")
     units = [*module.body.layers, module.value] if is_critic else [*module.layers]

@@ -7,7 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, NoReturn
 
-from plumbing.distributed import OthersEnded, is_first_process, is_first_to_speak
+from plumbing.distributed import (
+    OTHERS_ENDED,
+    OthersEnded,
+    is_first_process,
+    is_first_to_speak,
+    tells_of_others,
+)
 from plumbing.memory import out_of_memory
 
 
@@ -50,13 +56,18 @@ class Stop:
         except (ValueError, OSError, ImportError) as error:
             self.end(str(error))
         except OthersEnded as error:
-            # After a signal, too, one process may be the first to stop.
-            what = "stopped" if self.asked else error
-            self.end(f"{what}{self.how_to_resume()}")
+            self.end_like_others(str(error))
         except KeyboardInterrupt:
             self.end(f"stopped{self.how_to_resume()}")
         except (MemoryError, RuntimeError) as error:
+            if tells_of_others(error):
+                self.end_like_others(OTHERS_ENDED)
             self.end(f"{out_of_memory(error)}{self.how_to_resume()}")
+
+    def end_like_others(self, why: str) -> NoReturn:
+        # After a signal, too, one process may be the first to stop.
+        what = "stopped" if self.asked else why
+        self.end(f"{what}{self.how_to_resume()}")
 
     def end(self, sentence: str) -> NoReturn:
         sys.exit(f"train.py: {sentence}" if is_first_to_speak() else 1)
