@@ -331,6 +331,10 @@ def check(s: Settings) -> None:
     check_numbers(s)
     find_method(s.method)
     processes = int(os.environ.get("WORLD_SIZE", 1))
+    if s.shard and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "--shard needs torchrun, which starts the processes that share the weights"
+        )
 
     def demand(good: bool, name: str, wanted: str) -> None:
         if not good:
@@ -351,11 +355,6 @@ def check(s: Settings) -> None:
     demand(not s.resample or s.algo == "grpo", "resample", "0 with --algo ppo, which has no groups")
     demand(s.prompts % s.minibatch == 0, "minibatch", f"a divisor of --prompts, {s.prompts}")
     demand(s.minibatch % processes == 0, "minibatch", "a multiple of the number of processes")
-    demand(
-        not s.shard or "WORLD_SIZE" in os.environ,
-        "shard",
-        "left out without torchrun, which starts the processes that share the weights",
-    )
     demand(s.gamma <= 1, "gamma", "at most 1")
     demand(s.lam <= 1, "lam", "at most 1")
     demand(s.clip_low < 1, "clip_low", "less than 1")

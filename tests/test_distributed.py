@@ -154,9 +154,9 @@ def test_two_processes_do_not_touch_a_run_that_is_alive(finished):
     assert time.time() - begun < 30
 
 
-def long_run(out: Path, eval_every: int) -> subprocess.Popen:
+def long_run(out: Path, eval_every: int, *more: str) -> subprocess.Popen:
     """Two processes, a hundred steps."""
-    flags = ["--steps", "100", "--eval-every", str(eval_every)]
+    flags = ["--steps", "100", "--eval-every", str(eval_every), *more]
     return subprocess.Popen(
         [*TWO, "train.py", *FLAGS, str(out), "--name", "a", *flags],
         stdout=subprocess.PIPE,
@@ -173,10 +173,11 @@ def children_of(process: subprocess.Popen) -> list[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("rank", [0, 1])
-def test_one_of_two_processes_is_killed(tmp_path, rank):
-    """The other does not wait for it forever, and says where to go on."""
-    process = long_run(tmp_path, eval_every=3)
+@pytest.mark.parametrize("rank, flags", [(0, []), (1, []), (0, ["--shard"])])
+def test_one_of_two_processes_is_killed(tmp_path, rank, flags):
+    """The other does not wait for it forever, and says where to go on; also in the middle of a pass
+    over weights that both have."""
+    process = long_run(tmp_path, 3, *flags)
     wait_for_lines(process, tmp_path / "a/log.jsonl", 4)  # it is in step 5
     begun = time.time()
     os.kill(children_of(process)[rank], signal.SIGKILL)
