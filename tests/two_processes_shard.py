@@ -4,6 +4,7 @@ started. Run by test_shard.py, which compares:
 python -m torch.distributed.run --standalone --nproc-per-node 2 tests/two_processes_shard.py FOLDER
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import Transformer, load_weights, make_critic
-from plumbing.batch import pad_responses
+from model import Transformer, load, load_weights, make_critic, score
+from plumbing.batch import collate, pad_responses
 from plumbing.distributed import is_slice, join, own_slice, whole
 from plumbing.optimizer import make_optimizer
 from plumbing.pretrained import open_pretrained, save
@@ -79,14 +80,22 @@ def make_runs(folder: Path) -> None:
 
 
 def make_episodes(g: torch.Generator) -> list[Episode]:
-    """So many tokens each that two sequences fill a micro-batch."""
+    """So many tokens each that two sequences fill a micro-batch; as if the embedded model had sampled
+    them, but for a little."""
     episodes = []
     for i in range(EPISODES):
         prompt = torch.randint(2, 112, (8,), generator=g)
         response = torch.randint(2, 112, (LENGTH - 8,), generator=g)
-        logp = -torch.rand(LENGTH - 8, generator=g) - 4
-        episodes.append(Episode(prompt, response, logp, torch.zeros(LENGTH - 8), True, i))
-    return episodes
+        nothing = torch.zeros(LENGTH - 8)
+        episodes.append(Episode(prompt, response, nothing, nothing, True, i))
+
+    model, _ = load("base")
+    batch = collate(episodes, torch.device("cpu"))
+    with torch.no_grad():
+        logp, _ = score(model, batch.tokens, batch.prompt_len, batch.total_len, temperature=1.0)
+    by_model = batch.unalign(logp, LENGTH - 8)  # [10, 22]
+    sampled = by_model + 0.1 * torch.randn(by_model.shape, generator=g)
+    return [dataclasses.replace(episode, logp=row) for episode, row in zip(episodes, sampled)]
 
 
 def weights_after(
