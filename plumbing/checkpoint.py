@@ -182,19 +182,8 @@ def save_state(
         write_tensors(tensors, fresh, {"step": str(step)})
 
 
-def help_to_save(parts: dict[str, tuple]) -> None:
-    """What the other processes do while one is in save_state: it asks for their slices, of the policy
-    and of the state, in this order."""
-    tensors = state_of(parts)
-    refuse_not_finite(tensors)
-    policy, _ = parts["policy"]
-    for weight in policy.state_dict().values():
-        whole(weight)
-    for name in in_file_order(tensors):
-        whole(tensors[name])
-
-
 def refuse_not_finite(tensors: dict[str, Tensor]) -> None:
+    """FloatingPointError; of slices, for this process's."""
     for name, tensor in tensors.items():
         if not own_slice(tensor).isfinite().all():
             raise FloatingPointError(f"{name} holds NaN or infinity")
@@ -227,6 +216,12 @@ def write_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, st
         for name in names:
             numbers = whole(tensors[name]).detach().cpu().contiguous().flatten()
             out.write(numbers.view(torch.uint8).numpy())
+
+
+def lend_slices(tensors: dict[str, Tensor]) -> None:
+    """What the other processes do while one is in write_tensors with these."""
+    for name in in_file_order(tensors):
+        whole(tensors[name])
 
 
 def in_file_order(tensors: dict[str, Tensor]) -> list[str]:

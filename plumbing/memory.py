@@ -42,7 +42,7 @@ EAGER_EIGHT_BIT_STEP = 62
 EVALUATION_MAY_HELP = "what may help: fewer --slots, less --max-new-tokens, --dtype bfloat16"
 MAY_HELP = (
     "what may help: fewer --slots, less --micro-tokens or --chunk, --recompute, "
-    "--weights bfloat16 --dtype bfloat16, --algo grpo, a smaller model"
+    "--weights bfloat16 --dtype bfloat16, --algo grpo, torchrun with --shard, a smaller model"
 )
 
 
@@ -60,7 +60,9 @@ def plan(config: dict, parameters: int, s, length: int, rows: int, device: torch
     free = free_bytes(device)
     if max(update, rollout) > free:
         raise ValueError(f"{table}, but there are {free / GB:.3g}; {MAY_HELP}")
-    check_host(s, length, device, max(update, rollout), parameters * BYTES[s.weights])
+    check_host(
+        s, length, device, max(update, rollout), 4 * config["vocab_size"] * config["hidden_size"]
+    )
     return table
 
 
@@ -79,15 +81,21 @@ def needs(
 def always(parameters: int, s, device: torch.device) -> dict[str, float]:
     """Bytes that are taken in rollouts and updates."""
     models = 2 if s.algo == "ppo" else 1  # the critic is as large as the policy
-    weights = models * parameters * BYTES[s.weights]
+    of_each = models * parameters / sharing_processes(s)
     decode_dtype = s.decode_dtype or s.dtype
+    own_copy = s.shard or decode_dtype != s.weights
     return {
-        "weights": weights,
-        "gradients": weights,
-        "optimizer": models * parameters * bytes_of_moments(s),
-        "decode weights": parameters * BYTES[decode_dtype] if decode_dtype != s.weights else 0,
+        "weights": of_each * BYTES[s.weights],
+        "gradients": of_each * BYTES[s.weights],
+        "optimizer": of_each * bytes_of_moments(s),
+        "decode weights": parameters * BYTES[decode_dtype] if own_copy else 0,
         "CUDA libraries": workspaces(device),
     }
+
+
+def sharing_processes(s) -> int:
+    """How many have a slice of a weight."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if s.shard else 1
 
 
 def workspaces(device: torch.device) -> int:
@@ -115,7 +123,28 @@ def learning(
     config: dict, parameters: int, s, length: int, rows: int, device: torch.device
 ) -> dict[str, float]:
     """Bytes that an update takes besides."""
-    return {"activations": activations(config, parameters, s, length, device)}
+    activated = activations(config, parameters, s, length, device)
+    return {
+        "activations": activated,
+        "gathered": gathered(config, parameters, s, activated) if s.shard else 0,
+    }
+
+
+def gathered(config: dict, parameters: int, s, activated: float) -> float:
+    """Bytes that an update takes more than `activated` if the weights are sliced: those gathered for
+    a pass, and their gradients until they are added up."""
+    table = config["vocab_size"] * config["hidden_size"]
+    tied = config.get("tie_word_embeddings")
+    tables = table if tied else 2 * table  # from the forward pass to the end of the backward pass
+    layer = (parameters - tables) / config["num_hidden_layers"]
+    # While a layer's backward pass ends: its weights and gradients, the next one's weights on their
+    # way, and the gradients of the one before, which are being added up.
+    in_layers = activated + BYTES[s.weights] * (tables + 4 * layer)
+    # At the end: embedding and head, their gradients, and another part or copy of these.
+    at_end = BYTES[s.weights] * (2 * tables + table)
+    # A save, tensor by tensor, has the slices of the largest and all of it, in float32.
+    saving = 2 * 4 * table
+    return max(in_layers, at_end, saving) - activated
 
 
 def plan_evaluation(
@@ -274,17 +303,17 @@ def check_disk(s, parameters: int) -> None:
         )
 
 
-def check_host(s, length: int, device: torch.device, on_device: float, model: float) -> None:
+def check_host(s, length: int, device: torch.device, on_device: float, tensor: float) -> None:
     """ValueError if this machine's memory is too small for the answers of a rollout, of all
     processes, or of a problem's validation. In bytes: `on_device`, all that is taken there, and
-    `model`, which comes from a GPU to be saved (the state comes tensor by tensor)."""
+    `tensor`, the largest that comes from a GPU to be saved."""
     rollouts = 1 + s.resample  # what a further round drops stays for the log
     answers = max(s.prompts * s.samples * rollouts, s.eval_samples, s.final_samples)
     # int64 tokens of prompt and response; of a response's tokens log-probability and entropy too,
     # and padded: mask, log-probability, advantage, value, return.
     tokens = length * 8 + s.max_new_tokens * (4 + 4 + 1 + 4 * 4)
     size = answers * (tokens + BYTES_OF_OBJECTS)
-    needed = size + (model if device.type == "cuda" else on_device)
+    needed = size + (tensor if device.type == "cuda" else on_device)
     free = free_bytes(torch.device("cpu"))
     if needed > free:
         raise ValueError(
@@ -324,7 +353,7 @@ def activations(config: dict, parameters: int, s, length: int, device: torch.dev
     else:
         most = layers * kept + copies + head_gradient + max(logits, in_layer)
     # MasterAdamW's float32 gradient, mean and denominator of the largest weight.
-    step = 3 * 4 * table if s.weights == "bfloat16" else 0
+    step = 3 * 4 * table / sharing_processes(s) if s.weights == "bfloat16" else 0
     if s.optimizer == "adamw8bit" and device.type == "cpu":
         step = EAGER_EIGHT_BIT_STEP * max(table, width * inner)
     return max(most, step)

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from plumbing.checkpoint import atomic_write, read_json
-from plumbing.distributed import own_slice, slice_for, whole
+from plumbing.checkpoint import atomic_write, read_json, write_tensors
+from plumbing.distributed import own_slice, slice_for
 
 EMBEDDED = "base"  # the model that ships with the code
 WEIGHTS = "model.safetensors"
@@ -235,10 +234,6 @@ def as_list(ids: int | list[int] | None) -> list[int]:
 def save(model, tokenizer, directory: str | Path) -> None:
     """Writes a model.Transformer as what transformers' from_pretrained loads, wholly or not at all.
     OSError if it cannot."""
-    weights = {}
-    for name, tensor in named_as_in_transformers(model).items():
-        weights[name] = whole(tensor).detach().cpu().contiguous()
-
     # transformers used to call it torch_dtype.
     config = {key: value for key, value in model.config.items() if key != "torch_dtype"}
     config["dtype"] = str(model.head.dtype).removeprefix("torch.")
@@ -247,7 +242,7 @@ def save(model, tokenizer, directory: str | Path) -> None:
 
     with atomic_write(Path(directory)) as fresh:
         fresh.mkdir()
-        safetensors.torch.save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(named_as_in_transformers(model), fresh / WEIGHTS, {"format": "pt"})
         write_json(fresh / "config.json", config)
         write_json(fresh / "generation_config.json", generation)
         tokenizer.save_pretrained(fresh)

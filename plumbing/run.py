@@ -14,13 +14,15 @@ from plumbing.checkpoint import (
     append_line,
     atomic_write,
     flush_to_disk,
-    help_to_save,
     keep_lines,
+    lend_slices,
     load_state,
     read_json,
     read_lines,
+    refuse_not_finite,
     remove,
     save_state,
+    state_of,
 )
 from plumbing.distributed import gather
 from plumbing.folder import (
@@ -31,7 +33,7 @@ from plumbing.folder import (
     take_place,
 )
 from plumbing.lock import lock, remove_empty, workplace
-from plumbing.pretrained import EMBEDDED
+from plumbing.pretrained import EMBEDDED, named_as_in_transformers
 from plumbing.settings import ADDED_LATER, Settings, check_text, run_name
 from plumbing.stop import stop
 
@@ -178,9 +180,17 @@ class Run:
         if self.writes:
             save_state(self.place, step, self.parts, self.save_model)
         else:
-            help_to_save(self.parts)
+            self.help_to_save()
         gather(None)  # so that all of them know when it is saved
         stop.saved = step
+
+    def help_to_save(self) -> None:
+        """The first process, while it is in save_state, needs the others' slices."""
+        state = state_of(self.parts)
+        refuse_not_finite(state)
+        policy, _ = self.parts["policy"]
+        lend_slices(named_as_in_transformers(policy))
+        lend_slices(state)
 
     def is_validated(self, step: int) -> bool:
         return any(validation["step"] == step for validation in self.validations)

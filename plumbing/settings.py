@@ -52,9 +52,7 @@ EVALUATION_PRESETS = {"paper": dict(temperature=0.6, top_p=0.95)}
 
 # Settings that were made later than some runs, whose config.json lacks them: the values with which
 # such a run goes on as it began.
-ADDED_LATER = dict(
-    graph=True, date="", method="", resample=0, optimizer="adamw", shard=False
-)
+ADDED_LATER = dict(graph=True, date="", method="", resample=0, optimizer="adamw", shard=False)
 # Tokens of a micro-batch unless they are given: a GPU is fast only with much work at a time.
 MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}
 
@@ -367,6 +365,7 @@ def check(s: Settings) -> None:
     demand(
         not eight_bit or s.weights == "bfloat16", "optimizer", "adamw without --weights bfloat16"
     )
+    demand(not (eight_bit and s.shard), "optimizer", "adamw with --shard")
     if eight_bit and importlib.util.find_spec("torchao") is None:
         raise ValueError("--optimizer adamw8bit needs torchao: pip install torchao==0.18.0")
 
