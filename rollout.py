@@ -16,7 +16,6 @@ log-probabilities as the old policy's. The paper samples with a serving engine, 
     A cache is [layers, 2 (keys, values), S, kv_heads, L, d].
 """
 
-import copy
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +30,7 @@ from tqdm import tqdm
 from model import Transformer
 from plumbing.decode_graph import Graphs, GraphedStep
 from plumbing.distributed import whole
+from plumbing.lora import adapted_layers, merged_copy, merged_weights
 
 CHECK_EVERY = 8  # tokens between two looks at the finished flags
 GROW_BY = 16  # the cache is as long as the furthest row has needed, in multiples of this ...
@@ -107,8 +107,9 @@ def texts(tokenizer, episodes: Sequence[Episode]) -> list[str]:
 
 class Sampler:
     """`slots` sequences at a time, each of at most `max_length` tokens with its prompt. `dtype` is
-    that of the decode weights and the cache (default: the model's own, and then no copy is made).
-    `graph`: on a GPU, decode steps as CUDA graphs. `decoder`: a copy of the model to decode with."""
+    that of the decode weights and the cache (default: the model's own, and then no copy is made,
+    but for LoRA). `graph`: on a GPU, decode steps as CUDA graphs. `decoder`: a copy of the model to
+    decode with, of a sharded one."""
 
     def __init__(
         self,
@@ -128,9 +129,9 @@ class Sampler:
         self.eos_ids = tuple(eos_ids)
         self.device = model.head.device
         self.dtype = dtype or model.head.dtype
-        same_weights = self.dtype == model.head.dtype
+        same_weights = self.dtype == model.head.dtype and not adapted_layers(model)
         if decoder is None:
-            decoder = model if same_weights else copy.deepcopy(model).to(self.dtype)
+            decoder = model if same_weights else merged_copy(model).to(self.dtype)
         self.decoder = decoder
         self.graphs = Graphs(wanted=graph and self.device.type == "cuda")
         # One piece of memory; the cache in use is a view of its start (view_of_buffer).
@@ -142,8 +143,8 @@ class Sampler:
         model's."""
         if self.decoder is self.model:
             return
-        for mine, theirs in zip(self.decoder.parameters(), self.model.parameters()):
-            mine.copy_(whole(theirs))
+        for name, weight in merged_weights(self.model):
+            self.decoder.get_parameter(name).copy_(whole(weight))
 
     def allocate(self, rows: int) -> None:
         """Makes room for the longest sequences in `rows` slots, unless it is there."""

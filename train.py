@@ -48,7 +48,8 @@ from evaluate import chosen_ks, count_solved, report
 from model import Critic, Transformer, count_parameters, load_weights, make_critic, score
 from plumbing.batch import collate, micro_batches, my_share, pad_responses, problems_of_step
 from plumbing.distributed import clip_gradients, gather, join, sum_gradients
-from plumbing.memory import check_disk, plan
+from plumbing.lora import add_adapters
+from plumbing.memory import check_disk, count_adapters, plan
 from plumbing.method import Update, advantage_of, by_log, by_method
 from plumbing.metrics import (
     StepRecord,
@@ -367,7 +368,7 @@ def take_steps(learner: Learner, s: Settings) -> Path:
     """All steps that are left, with the validations and saves between them -> the run's folder."""
 
     def save_model(folder: Path) -> None:
-        save(learner.policy.module, learner.tokenizer, folder)
+        save(learner.policy.module, learner.tokenizer, folder, base=s.model)
 
     parts = {"policy": learner.policy}
     if learner.critic:
@@ -439,12 +440,14 @@ def prepare(s: Settings) -> Learner:
     rows = min(s.slots, max(s.prompts * s.samples, validation_rows))
     parameters = count_parameters(pretrained.config)
     planned = plan(pretrained.config, parameters, s, length, rows, device)
-    check_disk(s, parameters)
+    check_disk(s, parameters, count_adapters(pretrained.config, s.lora_rank))
     if rank == 0:
         print(f"{planned}\nleft out: {left_out} prompts over {s.max_prompt_tokens} tokens")
 
     model = load_weights(pretrained, device, getattr(torch, s.weights), sharded=s.shard)
     model.recompute = s.recompute
+    if s.lora_rank:
+        add_adapters(model, s.lora_rank, s.lora_alpha, s.seed)
     policy = Trained(model, make_optimizer(model, s.lr, s))
     critic = None
     if s.algo == "ppo":

@@ -6,6 +6,7 @@ place in one rename. So whenever a run is killed, the log holds at least what th
 which like the data order follow from (seed, step). Nothing is pickled.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -153,10 +154,12 @@ def keep_lines(file: Path, records: Sequence[dict]) -> None:
 
 def state_of(parts: dict[str, tuple]) -> dict[str, Tensor]:
     """All that a state holds, by name: the tensors themselves, not copies. parts: name -> (module,
-    its AdamW, by optimizer.make_optimizer)."""
+    its AdamW, by optimizer.make_optimizer). Not what is frozen (LoRA), which --model has."""
     tensors = {}
     for part, (module, optimizer) in parts.items():
         for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
             tensors[f"{part}/{name}/weight"] = parameter.detach()
             for key, moment in optimizer.state[parameter].items():
                 tensors |= plain_tensors(f"{part}/{name}/{key}", moment)
@@ -170,6 +173,21 @@ def plain_tensors(name: str, moment: Tensor) -> dict[str, Tensor]:
     return {f"{name}/codes": moment.codes, f"{name}/scale": moment.scale}
 
 
+def digest_of_frozen(parts: dict[str, tuple]) -> dict[str, str]:
+    """What a state tells of the weights that it does not hold: that it was not made beside others
+    is seen from this. Nothing if there are none."""
+    digest = hashlib.sha256()
+    any_frozen = False
+    for part, (module, _) in parts.items():
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                any_frozen = True
+                # The bits of all numbers, combined by xor: in any order and on any device the same.
+                bits = torch.hash_tensor(parameter).item()
+                digest.update(f"{part}/{name} {bits}\n".encode())
+    return {"frozen": digest.hexdigest()} if any_frozen else {}
+
+
 def save_state(
     run: Path, step: int, parts: dict[str, tuple], save_model: Callable[[Path], None]
 ) -> None:
@@ -179,7 +197,7 @@ def save_state(
     refuse_not_finite(tensors)
     save_model(run / "model")
     with atomic_write(run / "state.safetensors") as fresh:
-        write_tensors(tensors, fresh, {"step": str(step)})
+        write_tensors(tensors, fresh, {"step": str(step)} | digest_of_frozen(parts))
 
 
 def refuse_not_finite(tensors: dict[str, Tensor]) -> None:
@@ -238,11 +256,17 @@ def load_state(run: Path, parts: dict[str, tuple]) -> int:
     try:
         with safetensors.safe_open(file, "pt") as saved:
             copy_into(state_of(parts), saved)
-            return int(saved.metadata()["step"])
+            metadata = saved.metadata()
+            step = int(metadata["step"])
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{file} is not a whole state of this run ({type(error).__name__}: {error})"
         ) from None
+    if metadata.get("frozen") != digest_of_frozen(parts).get("frozen"):
+        raise ValueError(
+            f"{file} belongs to adapters of other weights than those that --model has now"
+        )
+    return step
 
 
 def copy_into(tensors: dict[str, Tensor], saved) -> None:

@@ -82,7 +82,8 @@ def sum_gradients(module: torch.nn.Module) -> None:
         return
     with others_needed():
         for parameter in module.parameters():
-            if not is_slice(parameter):  # of slices, the backward pass has added them up
+            # LoRA's base has none; those of slices are added up in the backward pass.
+            if parameter.requires_grad and not is_slice(parameter):
                 dist.all_reduce(parameter.grad)
 
 

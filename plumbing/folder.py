@@ -4,7 +4,8 @@ config.json          the settings, written first
 log.jsonl            a line a step
 validation.jsonl     a line a validation, with the right answers of every problem
 state.safetensors    weights, AdamW's moments and the step: what --resume goes on from
-model/               the policy as a Hugging Face folder
+model/               the policy as a Hugging Face folder; with LoRA merged, and in adapter/ PEFT's
+                     files
 validation.json      the final table, written last
 
 A run that is to replace another works in OUT/.NAME.work/new until it has done a step. Then the old
@@ -20,8 +21,11 @@ from plumbing.lock import workplace
 
 FILES = ("config.json", "log.jsonl", "validation.jsonl", "state.safetensors", "validation.json")
 MODEL = "model"
+ADAPTER = "model/adapter"  # with --lora-rank
 # What pretrained.save and the tokenizers write.
 MODEL_FILES = (
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
     "added_tokens.json",
     "chat_template.jinja",
     "config.json",
@@ -77,7 +81,7 @@ def first_stranger(run: Path) -> Path | None:
         is_folder = path.is_dir() and not path.is_symlink()
         is_file = path.is_file() and not path.is_symlink()
         own_file = is_file and path in own
-        own_folder = is_folder and path == run / MODEL
+        own_folder = is_folder and path in (run / MODEL, run / ADAPTER)
         of_a_killed_save = path.relative_to(run).parts[0] in leftovers
         if not (own_file or own_folder or of_a_killed_save):
             return path

@@ -1,6 +1,7 @@
 """Memory that is known before anything is allocated: a model too large for the card is refused with
 numbers, not after an hour."""
 
+import dataclasses
 import math
 import os
 import resource
@@ -51,17 +52,18 @@ def plan(config: dict, parameters: int, s, length: int, rows: int, device: torch
     under train.py's settings `s`. ValueError if that is more than a GPU has free or this machine
     has."""
     shape = (config, parameters, s, length, rows, device)
-    parts = in_gb(always(parameters, s, device) | sampling(*shape) | learning(*shape))
+    parts = in_gb(always(config, parameters, s, device) | sampling(*shape) | learning(*shape))
     rollout, update = needs(*shape)
     table = (
         f"memory in GB on {name_of(device)} for {parameters / 1e9:.3g} billion weights: {parts}; "
         f"a rollout needs {rollout / GB:.3g}, an update {update / GB:.3g}"
+        f"{saved_by_lora(config, parameters, s, device)}"
     )
     free = free_bytes(device)
     if max(update, rollout) > free:
         raise ValueError(f"{table}, but there are {free / GB:.3g}; {MAY_HELP}")
     check_host(
-        s, length, device, max(update, rollout), 4 * config["vocab_size"] * config["hidden_size"]
+        s, length, device, max(update, rollout), copied_to_save(config, parameters, s, device)
     )
     return table
 
@@ -72,14 +74,16 @@ def needs(
     """Bytes of a rollout and of an update. The cache is given back before an update, whose
     activations are gone before a rollout."""
     shape = (config, parameters, s, length, rows, device)
-    in_both = sum(always(parameters, s, device).values())
+    in_both = sum(always(config, parameters, s, device).values())
     rollout = in_both + sum(sampling(*shape).values())
     update = in_both + sum(learning(*shape).values())
     return rollout, update
 
 
-def always(parameters: int, s, device: torch.device) -> dict[str, float]:
+def always(config: dict, parameters: int, s, device: torch.device) -> dict[str, float]:
     """Bytes that are taken in rollouts and updates."""
+    if s.lora_rank:
+        return always_with_lora(config, parameters, s, device)
     models = 2 if s.algo == "ppo" else 1  # the critic is as large as the policy
     of_each = models * parameters / sharing_processes(s)
     decode_dtype = s.decode_dtype or s.dtype
@@ -96,6 +100,49 @@ def always(parameters: int, s, device: torch.device) -> dict[str, float]:
 def sharing_processes(s) -> int:
     """How many have a slice of a weight."""
     return int(os.environ.get("WORLD_SIZE", 1)) if s.shard else 1
+
+
+def always_with_lora(config: dict, parameters: int, s, device: torch.device) -> dict[str, float]:
+    """The same where only the float32 A and B of plumbing/lora.py are trained."""
+    models = 2 if s.algo == "ppo" else 1
+    adapters = 4 * count_adapters(config, s.lora_rank)
+    return {
+        "weights": models * (parameters * BYTES[s.weights] + adapters),
+        "gradients": models * adapters,
+        "optimizer": models * 2 * adapters,
+        # Merged, so always a copy.
+        "decode weights": parameters * BYTES[s.decode_dtype or s.dtype],
+        "CUDA libraries": workspaces(device),
+    }
+
+
+def count_adapters(config: dict, rank: int) -> int:
+    """Numbers in A [rank, in] and B [out, rank] of all linear layers of attention and MLP."""
+    width = config["hidden_size"]
+    inner = config["intermediate_size"]
+    query = config["num_attention_heads"] * head_size(config)
+    key = config["num_key_value_heads"] * head_size(config)
+    queries_and_output = 2 * (width + query)
+    keys_and_values = 2 * (width + key)
+    mlp = 3 * (width + inner)
+    return config["num_hidden_layers"] * rank * (queries_and_output + keys_and_values + mlp)
+
+
+def saved_by_lora(config: dict, parameters: int, s, device: torch.device) -> str:
+    """For the table: what a rollout and an update need less than without it. ValueError for a rank
+    with which more would be trained than without."""
+    if not s.lora_rank:
+        return ""
+    adapters = count_adapters(config, s.lora_rank)
+    if adapters >= parameters:
+        raise ValueError(
+            f"--lora-rank must be so small that less is trained than without it; with {s.lora_rank} "
+            f"it is {adapters / 1e9:.3g} billion numbers in place of {parameters / 1e9:.3g} billion"
+        )
+    without = dataclasses.replace(s, lora_rank=0)
+    all_trained = sum(always(config, parameters, without, device).values())
+    saved = all_trained - sum(always(config, parameters, s, device).values())
+    return f"; LoRA trains {adapters / 1e9:.3g} billion numbers in their place, which saves {saved / GB:.3g}"
 
 
 def workspaces(device: torch.device) -> int:
@@ -282,14 +329,18 @@ class Decoding:
         return self.rows * (max(attention, draw) + hidden)
 
 
-def check_disk(s, parameters: int) -> None:
+def check_disk(s, parameters: int, adapters: int = 0) -> None:
     """ValueError if the disk has too little room for a save: the model, and the state, which is
-    there twice while it is replaced. A dry run saves nothing."""
+    there twice while it is replaced. A dry run saves nothing. adapters: how many numbers --lora-rank
+    trains in place of all `parameters`."""
     if s.dry_run:
         return
     model = parameters * BYTES[s.weights]
     models = 2 if s.algo == "ppo" else 1
     state = models * parameters * (BYTES[s.weights] + bytes_of_moments(s))
+    if s.lora_rank:
+        state = models * adapters * (4 + 4 + 4)
+        model += adapters * 4
     needed = 2 * state + model
     folder = Path(s.resume or s.out).absolute()
     saved = [file.stat().st_size for file in folder.rglob("*.safetensors")] if s.resume else []
@@ -303,17 +354,26 @@ def check_disk(s, parameters: int) -> None:
         )
 
 
-def check_host(s, length: int, device: torch.device, on_device: float, tensor: float) -> None:
+def copied_to_save(config: dict, parameters: int, s, device: torch.device) -> float:
+    """Bytes of this machine's memory: of a model without LoRA its largest weight, from a GPU; of one
+    with it all merged weights."""
+    if s.lora_rank:
+        return parameters * BYTES[s.weights]
+    largest = 4 * config["vocab_size"] * config["hidden_size"]
+    return largest if device.type == "cuda" else 0
+
+
+def check_host(s, length: int, device: torch.device, on_device: float, copied: float) -> None:
     """ValueError if this machine's memory is too small for the answers of a rollout, of all
     processes, or of a problem's validation. In bytes: `on_device`, all that is taken there, and
-    `tensor`, the largest that comes from a GPU to be saved."""
+    `copied`, what a save takes besides."""
     rollouts = 1 + s.resample  # what a further round drops stays for the log
     answers = max(s.prompts * s.samples * rollouts, s.eval_samples, s.final_samples)
     # int64 tokens of prompt and response; of a response's tokens log-probability and entropy too,
     # and padded: mask, log-probability, advantage, value, return.
     tokens = length * 8 + s.max_new_tokens * (4 + 4 + 1 + 4 * 4)
     size = answers * (tokens + BYTES_OF_OBJECTS)
-    needed = size + (tensor if device.type == "cuda" else on_device)
+    needed = size + copied + (0 if device.type == "cuda" else on_device)
     free = free_bytes(torch.device("cpu"))
     if needed > free:
         raise ValueError(

@@ -50,17 +50,19 @@ class MasterAdamW(torch.optim.Optimizer):
 def make_optimizer(module: torch.nn.Module, lr: float, s) -> torch.optim.Optimizer:
     """AdamW for train.py's settings `s`. Gradients start as zeros, because a step without any
     sequence to learn from is a step too, and None would leave it out."""
-    for parameter in module.parameters():
+    # All but LoRA's frozen base. Its A and B are float32 also beside bfloat16 weights.
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     if s.optimizer == "adamw8bit":
         from plumbing.eight_bit import SeededAdamW8bit  # torchao's
 
-        return SeededAdamW8bit(module.parameters(), lr, s.weight_decay, s.seed)
-    if s.weights == "bfloat16":
-        return MasterAdamW(module.parameters(), lr, weight_decay=s.weight_decay)
+        return SeededAdamW8bit(trained, lr, s.weight_decay, s.seed)
+    if trained[0].dtype == torch.bfloat16:
+        return MasterAdamW(trained, lr, weight_decay=s.weight_decay)
     # On a GPU one kernel for all weights, and without copies of them on the way.
-    fused = next(module.parameters()).is_cuda
-    adamw = torch.optim.AdamW(module.parameters(), lr, weight_decay=s.weight_decay, fused=fused)
+    fused = trained[0].is_cuda
+    adamw = torch.optim.AdamW(trained, lr, weight_decay=s.weight_decay, fused=fused)
     make_moments(adamw)
     return adamw
 

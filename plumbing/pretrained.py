@@ -14,9 +14,11 @@ from torch import Tensor
 
 from plumbing.checkpoint import atomic_write, read_json, write_tensors
 from plumbing.distributed import own_slice, slice_for
+from plumbing.lora import adapted_layers, merged_weights, save_adapter
 
 EMBEDDED = "base"  # the model that ships with the code
 WEIGHTS = "model.safetensors"
+ADAPTER = "adapter"  # the folder of PEFT's files in that of a model trained with LoRA
 INDEX = "model.safetensors.index.json"  # of weights in several files: tensor -> file
 SUPPORTED = ("qwen2", "qwen3", "llama")
 NEEDED = (
@@ -231,9 +233,9 @@ def as_list(ids: int | list[int] | None) -> list[int]:
     return ids if isinstance(ids, list) else [ids]
 
 
-def save(model, tokenizer, directory: str | Path) -> None:
+def save(model, tokenizer, directory: str | Path, base: str = "") -> None:
     """Writes a model.Transformer as what transformers' from_pretrained loads, wholly or not at all.
-    OSError if it cannot."""
+    With LoRA, merged, and beside it the adapters of the model `base`. OSError if it cannot."""
     # transformers used to call it torch_dtype.
     config = {key: value for key, value in model.config.items() if key != "torch_dtype"}
     config["dtype"] = str(model.head.dtype).removeprefix("torch.")
@@ -246,14 +248,18 @@ def save(model, tokenizer, directory: str | Path) -> None:
         write_json(fresh / "config.json", config)
         write_json(fresh / "generation_config.json", generation)
         tokenizer.save_pretrained(fresh)
+        if adapted_layers(model):
+            save_adapter(model, fresh / ADAPTER, base)
 
 
 def named_as_in_transformers(model) -> dict[str, Tensor]:
-    """The weights of a model.Transformer, by the names that the families' files have."""
+    """The weights of a model.Transformer, by the names that the families' files have. With LoRA they
+    are made for this, so on the host: a GPU may lack the room."""
+    with_lora = len(adapted_layers(model)) > 0
     weights = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in merged_weights(model):
         full_name = name if name.startswith("lm_head") else "model." + name
-        weights[full_name] = tensor
+        weights[full_name] = tensor.cpu() if with_lora else tensor
     return weights
 
 

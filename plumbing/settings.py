@@ -52,7 +52,16 @@ EVALUATION_PRESETS = {"paper": dict(temperature=0.6, top_p=0.95)}
 
 # Settings that were made later than some runs, whose config.json lacks them: the values with which
 # such a run goes on as it began.
-ADDED_LATER = dict(graph=True, date="", method="", resample=0, optimizer="adamw", shard=False)
+ADDED_LATER = dict(
+    graph=True,
+    date="",
+    method="",
+    resample=0,
+    optimizer="adamw",
+    shard=False,
+    lora_rank=0,
+    lora_alpha=32,
+)
 # Tokens of a micro-batch unless they are given: a GPU is fast only with much work at a time.
 MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}
 
@@ -89,6 +98,13 @@ class Settings:
         "my_method.py:mine, a Method in a file",
     )
     model: str = flag("base", "model to start from: a folder or a hub id")
+    lora_rank: int = flag(
+        0,
+        "train two matrices of this rank beside each linear layer instead of the weights "
+        "(plumbing/lora.py); 0: all weights",
+        least=0,
+    )
+    lora_alpha: int = flag(32, "LoRA: what the two matrices add is scaled by this over the rank")
     preset: str = flag(
         "",
         "the paper's settings, or narrow, where GRPO gives up problems; flags beside it change "
@@ -366,6 +382,12 @@ def check(s: Settings) -> None:
         not eight_bit or s.weights == "bfloat16", "optimizer", "adamw without --weights bfloat16"
     )
     demand(not (eight_bit and s.shard), "optimizer", "adamw with --shard")
+    demand(
+        not (eight_bit and s.lora_rank),
+        "optimizer",
+        "adamw with --lora-rank, whose matrices are float32",
+    )
+    demand(not (s.lora_rank and s.shard), "lora_rank", "0 with --shard")
     if eight_bit and importlib.util.find_spec("torchao") is None:
         raise ValueError("--optimizer adamw8bit needs torchao: pip install torchao==0.18.0")
 
