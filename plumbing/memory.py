@@ -398,8 +398,10 @@ def activations(config: dict, parameters: int, s, length: int, device: torch.dev
     kept = tokens * kept_in_layer(config, s, device)
     inputs = tokens * width * BYTES[s.weights] * layers
     logits = 5 * 4 * min(s.chunk, tokens) * config["vocab_size"]
-    # It is added up until the last of its parts is there.
+    # It is added up until the last of its parts is there. A frozen head has none, only a copy.
     head_gradient = BYTES[s.weights] * table
+    if s.lora_rank:
+        head_gradient = 2 * table if autocast else 0
     # In the backward pass of a layer: gradients inside its MLP or attention, and at its two ends,
     # where norms compute in float32.
     query = config["num_attention_heads"] * head_size(config)
@@ -407,13 +409,16 @@ def activations(config: dict, parameters: int, s, length: int, device: torch.dev
     in_layer += tokens * 4 * 6 * width
 
     if s.recompute:  # of the layers their inputs are kept, and one is computed again
-        forward = inputs + copies + logits
+        # Autocast keeps its copies of what is trained, and makes those of frozen weights again.
+        copies_kept = 0 if s.lora_rank else copies
+        forward = inputs + copies_kept + logits
         layer_again = inputs + kept + copies // layers + head_gradient + in_layer
         most = max(forward, inputs + head_gradient + logits, layer_again)
     else:
         most = layers * kept + copies + head_gradient + max(logits, in_layer)
     # MasterAdamW's float32 gradient, mean and denominator of the largest weight.
-    step = 3 * 4 * table / sharing_processes(s) if s.weights == "bfloat16" else 0
+    has_master = s.weights == "bfloat16" and not s.lora_rank
+    step = 3 * 4 * table / sharing_processes(s) if has_master else 0
     if s.optimizer == "adamw8bit" and device.type == "cpu":
         step = EAGER_EIGHT_BIT_STEP * max(table, width * inner)
     return max(most, step)
@@ -429,6 +434,7 @@ def kept_in_layer(config: dict, s, device: torch.device) -> int:
     numbers = 6 * width + 3 * query + 2 * key + 4 * config["intermediate_size"]
     if has_norm:
         numbers += query + key
+    numbers += 7 * s.lora_rank  # between A and B, of seven layers
     if device.type == "cuda" and s.dtype == "float32":  # see model.Attention.attend
         numbers += 2 * (query - key)
 

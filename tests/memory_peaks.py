@@ -13,6 +13,7 @@ import rollout
 import train
 from model import Critic, Transformer, count_parameters
 from plumbing import memory, optimizer
+from plumbing.lora import add_adapters
 from plumbing.settings import EvaluationSettings, Settings
 from rollout import Sampler
 from train import Learner, Trained
@@ -59,6 +60,11 @@ SETTINGS = {
     "decode weights of their own": (LARGE_VOCABULARY, dict(decode_dtype="bfloat16")),
     "untied head": (UNTIED, dict(dtype="bfloat16")),
     "qwen3": (QWEN3, {}),
+    "lora": ({}, dict(lora_rank=8)),
+    "lora, autocast": ({}, dict(lora_rank=8, dtype="bfloat16")),
+    "lora, bfloat16 weights": ({}, BFLOAT16 | dict(lora_rank=8)),
+    "lora, autocast, recompute": ({}, dict(lora_rank=8, dtype="bfloat16", recompute=True)),
+    "lora, ppo": ({}, dict(lora_rank=8, algo="ppo")),
 }
 # A rollout that takes much more than an update.
 ROLLOUT_LARGER = dict(
@@ -87,6 +93,8 @@ def make_learner(config: dict, s: Settings) -> Learner:
     torch.manual_seed(0)
     model = Transformer(config).to(getattr(torch, s.weights)).to(DEVICE)
     model.recompute = s.recompute
+    if s.lora_rank:
+        add_adapters(model, s.lora_rank, s.lora_alpha, s.seed)
     policy = Trained(model, optimizer.make_optimizer(model, s.lr, s))
     critic = None
     if s.algo == "ppo":

@@ -28,6 +28,11 @@ TRAINING = (
     "decode weights of their own",
     "untied head",
     "qwen3",
+    "lora",
+    "lora, autocast",
+    "lora, bfloat16 weights",
+    "lora, autocast, recompute",
+    "lora, ppo",
 )
 MEASURED = "sys.path.append('tests'); import memory_peaks; memory_peaks.main()"
 CUDA = torch.device("cuda")  # planned for, not used

@@ -1,7 +1,9 @@
 """One update of the policy and PPO's advantages, shared out over however many processes torchrun
 started; each writes what it got. Run by test_distributed.py, in one process and in two:
 
-python tests/two_processes_step.py FOLDER FACTOR    (of the second half's advantages)
+python tests/two_processes_step.py FOLDER FACTOR [RANK]
+
+FACTOR of the second half's advantages; RANK of LoRA, none if not given.
 """
 
 import sys
@@ -13,6 +15,7 @@ from torch import Tensor
 from model import Critic, load
 from plumbing.batch import pad_responses
 from plumbing.distributed import join
+from plumbing.lora import adapted_layers, add_adapters
 from plumbing.optimizer import make_optimizer
 from plumbing.settings import Settings
 from rollout import Episode
@@ -45,6 +48,7 @@ def whitened_advantage(model, episodes: list[Episode], reward: Tensor, weight: T
 def main() -> None:
     folder = sys.argv[1]
     factor = float(sys.argv[2])
+    lora_rank = int(sys.argv[3]) if len(sys.argv) > 3 else 0
     rank, world = join()
     mine = slice(rank * EPISODES // world, (rank + 1) * EPISODES // world)
 
@@ -59,6 +63,10 @@ def main() -> None:
     old_logp, _ = pad_responses([episode.logp for episode in episodes])  # [12, R]
 
     whitened = whitened_advantage(model, episodes[mine], reward[mine], critic_weight)
+    if lora_rank:
+        add_adapters(model, lora_rank, alpha=4, seed=0)
+        for layer in adapted_layers(model).values():  # B = 0 would leave A without a gradient
+            layer.lora_B.data.normal_(std=0.02, generator=g)
     s = Settings(grad_clip=1e9)
     make_optimizer(model, 0.0, s)  # zeroes the gradients
     sums = update(
