@@ -116,7 +116,7 @@ def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(Path(base).resolve()) if Path(base).exists() else base,
+        "base_model_name_or_path": base,
         "r": a_layer.rank,
         "lora_alpha": a_layer.alpha,
         "target_modules": sorted({name.rpartition(".")[2] for name in layers}),

@@ -43,7 +43,8 @@ EAGER_EIGHT_BIT_STEP = 62
 EVALUATION_MAY_HELP = "what may help: fewer --slots, less --max-new-tokens, --dtype bfloat16"
 MAY_HELP = (
     "what may help: fewer --slots, less --micro-tokens or --chunk, --recompute, "
-    "--weights bfloat16 --dtype bfloat16, --algo grpo, torchrun with --shard, a smaller model"
+    "--weights bfloat16 --dtype bfloat16, --algo grpo, --lora-rank 16, torchrun with --shard, a "
+    "smaller model"
 )
 
 
@@ -142,7 +143,10 @@ def saved_by_lora(config: dict, parameters: int, s, device: torch.device) -> str
     without = dataclasses.replace(s, lora_rank=0)
     all_trained = sum(always(config, parameters, without, device).values())
     saved = all_trained - sum(always(config, parameters, s, device).values())
-    return f"; LoRA trains {adapters / 1e9:.3g} billion numbers in their place, which saves {saved / GB:.3g}"
+    return (
+        f"; LoRA trains {adapters / 1e9:.3g} billion numbers in their place, "
+        f"which saves {saved / GB:.3g}"
+    )
 
 
 def workspaces(device: torch.device) -> int:

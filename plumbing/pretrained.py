@@ -249,7 +249,13 @@ def save(model, tokenizer, directory: str | Path, base: str = "") -> None:
         write_json(fresh / "generation_config.json", generation)
         tokenizer.save_pretrained(fresh)
         if adapted_layers(model):
-            save_adapter(model, fresh / ADAPTER, base)
+            save_adapter(model, fresh / ADAPTER, name_for_others(base))
+
+
+def name_for_others(path_or_hub_id: str) -> str:
+    """What transformers can load from any working directory: a full path, or the hub id."""
+    is_here = path_or_hub_id == EMBEDDED or Path(path_or_hub_id).exists()
+    return str(find_folder(path_or_hub_id).resolve()) if is_here else path_or_hub_id
 
 
 def named_as_in_transformers(model) -> dict[str, Tensor]:

@@ -23,7 +23,6 @@ from plumbing.lora import (
     add_adapters,
     merged_copy,
     merged_weights,
-    save_adapter,
 )
 from plumbing.memory import count_adapters
 from plumbing.optimizer import MasterAdamW, make_optimizer
@@ -320,11 +319,18 @@ def test_the_adapter_of_a_model_is_what_peft_saves(qwen2, tmp_path):
     assert read.base_model_name_or_path == str(folder)
 
 
-def test_the_adapter_of_a_hub_model_names_it(model, tmp_path):
+@pytest.mark.parametrize(
+    "base, name",
+    [("base", str(ROOT / "base")), ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B")],
+)
+def test_the_adapter_names_its_base(tmp_path, monkeypatch, base, name):
+    """A hub id, or a path that is good in every working directory."""
+    model, tokenizer = load("base")
     add_adapters(model, RANK, ALPHA, seed=0)
-    save_adapter(model, tmp_path / "adapter", "Qwen/Qwen2.5-0.5B")
-    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "Qwen/Qwen2.5-0.5B"
+    monkeypatch.chdir(tmp_path)
+    save(model, tokenizer, "saved", base=base)
+    config = json.loads(Path("saved/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == name
 
 
 def test_what_bfloat16_weights_lose_the_adapter_keeps(qwen2, tmp_path):
