@@ -141,16 +141,20 @@ class Measured:
     def halves(self) -> tuple[float, list[float]]:
         """The cosine between the plain gradients of two halves of the problems: mean over random
         halves, and what 95 % of them lie between."""
-        rng = np.random.default_rng(0)
-        number = self.blocks + self.equal
-        halves = np.tile(np.arange(number) < number // 2, (HALVES, 1))
-        first = rng.permuted(halves, axis=1).T[: self.blocks].astype(float)  # [blocks, HALVES]
-        second = 1 - first
-        matrix = self.products["all"]["itself"][0]
-        across = (second * (matrix @ first)).sum(axis=0)
-        with np.errstate(invalid="ignore"):  # a half of few problems may have no gradient
-            cosines = across / np.sqrt(quadratic(matrix, first) * quadratic(matrix, second))
-        return float(np.nanmean(cosines)), np.nanpercentile(cosines, [2.5, 97.5]).tolist()
+        return cosine_of_halves(self.products["all"]["itself"][0], self.blocks + self.equal)
+
+
+def cosine_of_halves(matrix: np.ndarray, number: int) -> tuple[float, list[float]]:
+    """As `Measured.halves`, of the products [n, n] of n problems; the others of `number` have no
+    gradient."""
+    rng = np.random.default_rng(0)
+    halves = np.tile(np.arange(number) < number // 2, (HALVES, 1))
+    first = rng.permuted(halves, axis=1).T[: len(matrix)].astype(float)  # [n, HALVES]
+    second = 1 - first
+    across = (second * (matrix @ first)).sum(axis=0)
+    with np.errstate(invalid="ignore"):  # a half of few problems may have no gradient
+        cosines = across / np.sqrt(quadratic(matrix, first) * quadratic(matrix, second))
+    return float(np.nanmean(cosines)), np.nanpercentile(cosines, [2.5, 97.5]).tolist()
 
 
 def quadratic(matrix: np.ndarray, weight: np.ndarray) -> np.ndarray:
