@@ -16,9 +16,11 @@ At two places of a rollout:
 
 Of each method, beside plain GRPO (`--method grpo`), with 95 % intervals over problems,
 
-    cosine   between the two gradients: how far the update is turned
-    length   of its gradient, relative (AdamW divides it out, unless it changes from step to step)
-    cut      tokens without a gradient, of those that have one in the first update of plain GRPO
+    cosine     between the two gradients: how far the update is turned
+    expected   the cosine between the expected gradients, estimated from products of different problems
+               only, in which noise averages to 0 (so it may exceed 1)
+    length     of its gradient, relative (AdamW divides it out, unless it changes from step to step)
+    cut        tokens without a gradient, of those that have one in the first update of plain GRPO
 
 over all tokens; the fifth of them that has the highest entropy (the sampler's), and the others; hard
 problems, of whose answers less than a quarter is right, and all others. And the noise floor, the

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from lab.effect_report import FEWEST, cell, cosine_of_halves, quadratic
+from lab.effect_report import FEWEST, between_problems, cell, cosine_of_halves, quadratic
 from lab.gradients import unpack
 from lab.resampling import bootstrap_problems
 from lab.tables import table
@@ -40,7 +40,8 @@ class Place:
                 self.columns[title] = (label, chosen)
 
     def figures(self, method: int, column: str) -> list[dict]:
-        """Cosine with the first method, and relative length, with their intervals."""
+        """Cosine with the first method, relative length, and the cosine of the expected gradients,
+        with their intervals."""
         label, chosen = self.columns[column]
         cross = self.products[label]["plain"][method]  # [blocks, blocks]
         itself = self.products[label]["itself"][method]
@@ -51,7 +52,10 @@ class Place:
             square = quadratic(itself, weight)
             plain_square = quadratic(plain, weight)
             cosine = quadratic(cross, weight) / np.sqrt(square * plain_square)
-            return np.stack([cosine, np.sqrt(square / plain_square)])
+            # In products of different problems the noise averages to 0.
+            square_of_expected = between_problems(itself, weight) * between_problems(plain, weight)
+            expected = between_problems(cross, weight) / np.sqrt(square_of_expected)
+            return np.stack([cosine, np.sqrt(square / plain_square), expected])
 
         return bootstrap_problems(of_weights, np.eye(len(chosen)))
 
@@ -75,18 +79,22 @@ def tables(records: dict[str, dict]) -> str:
 
 def place_tables(title: str, place: Place) -> list[str]:
     """Cosines, then lengths."""
-    columns = list(place.columns)
-    floor = [shown(place.floor(column)) for column in columns]
-    cosines = [["`grpo`, in two halves of the problems", *floor, ""]]
+    every_token, *others = place.columns
+    floor = [shown(place.floor(column)) for column in place.columns]
+    cosines = [["`grpo`, in two halves of the problems", floor[0], "", *floor[1:], ""]]
     lengths = []
     for i, method in enumerate(place.methods[1:], start=1):
-        figures = [place.figures(i, column) for column in columns]
-        label = f"`{method}`" if " " not in method else method
-        cosines.append([label, *[shown(cosine) for cosine, _ in figures], f"{place.cut[i]:.2%}"])
-        lengths.append([label, *[shown(length) for _, length in figures]])
+        found = {column: place.figures(i, column) for column in place.columns}
+        cosine = {column: shown(figures[0]) for column, figures in found.items()}
+        length = [shown(figures[1]) for figures in found.values()]
+        expected = shown(found[every_token][2])
+        of_others = [cosine[column] for column in others]
+        label = method if " " in method else f"`{method}`"
+        cosines.append([label, cosine[every_token], expected, *of_others, f"{place.cut[i]:.2%}"])
+        lengths.append([label, *length])
     return [
-        table([f"{title}: cosine", *columns, "cut"], cosines),
-        table([f"{title}: length", *columns], lengths),
+        table([f"{title}: cosine", every_token, "expected", *others, "cut"], cosines),
+        table([f"{title}: length", *place.columns], lengths),
     ]
 
 
