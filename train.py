@@ -61,7 +61,7 @@ from plumbing.metrics import (
     sum_where,
 )
 from plumbing.optimizer import make_optimizer
-from plumbing.pretrained import open_pretrained, save
+from plumbing.pretrained import Pretrained, open_pretrained, save
 from plumbing.resample import resample
 from plumbing.run import Run, claim, no_other_flag
 from plumbing.seeds import seeded_generator
@@ -444,15 +444,8 @@ def prepare(s: Settings) -> Learner:
     if rank == 0:
         print(f"{planned}\nleft out: {left_out} prompts over {s.max_prompt_tokens} tokens")
 
-    model = load_weights(pretrained, device, getattr(torch, s.weights), sharded=s.shard)
-    model.recompute = s.recompute
-    if s.lora_rank:
-        add_adapters(model, s.lora_rank, s.lora_alpha, s.seed)
-    policy = Trained(model, make_optimizer(model, s.lr, s))
-    critic = None
-    if s.algo == "ppo":
-        value_model = make_critic(model)
-        critic = Trained(value_model, make_optimizer(value_model, s.critic_lr, s))
+    policy, critic = make_trained(pretrained, device, s)
+    model = policy.module
     decode_dtype = getattr(torch, s.decode_dtype or s.dtype)
     # Nobody can decode alone with slices.
     decoder = load_weights(pretrained, device, decode_dtype) if s.shard else None
@@ -470,6 +463,21 @@ def prepare(s: Settings) -> Learner:
         rank=rank,
         world=world,
     )
+
+
+def make_trained(
+    pretrained: Pretrained, device: torch.device, s: Settings
+) -> tuple[Trained, Trained | None]:
+    """The policy, and PPO's critic."""
+    model = load_weights(pretrained, device, getattr(torch, s.weights), sharded=s.shard)
+    model.recompute = s.recompute
+    if s.lora_rank:
+        add_adapters(model, s.lora_rank, s.lora_alpha, s.seed)
+    policy = Trained(model, make_optimizer(model, s.lr, s))
+    if s.algo == "grpo":
+        return policy, None
+    critic = make_critic(model)
+    return policy, Trained(critic, make_optimizer(critic, s.critic_lr, s))
 
 
 def dry_run(learner: Learner, s: Settings) -> None:
