@@ -179,13 +179,13 @@ def test_the_answers_of_a_rollout_by_hand():
     needed = 4096 * (9216 * 8 + 8192 * 25 + 2000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "free_bytes", lambda device: needed + 1000)
-        memory.check_host(s, LENGTH, CPU, on_device=1000, tensor=0)
+        memory.check_host(s, LENGTH, CPU, on_device=1000, copied=0)
         cuda = torch.device("cuda")
-        memory.check_host(s, LENGTH, cuda, on_device=1e12, tensor=1000)  # there, not here
+        memory.check_host(s, LENGTH, cuda, on_device=1e12, copied=1000)  # there, not here
         sentence = "4096 answers of up to 9216 tokens with their prompts take 1.15 GB"
-        for device, on_device, tensor in ((CPU, 1001, 0), (cuda, 0, 1001)):
+        for device, on_device, copied in ((CPU, 1001, 0), (cuda, 0, 1001)):
             with pytest.raises(ValueError, match=sentence):
-                memory.check_host(s, LENGTH, device, on_device, tensor)
+                memory.check_host(s, LENGTH, device, on_device, copied)
 
 
 class Disk:

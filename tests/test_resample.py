@@ -426,7 +426,7 @@ def test_the_answers_that_are_dropped_are_planned(monkeypatch):
     cpu = torch.device("cpu")
     for rounds in (0, 2):
         s = Settings(resample=rounds, **PRESETS["paper-grpo"])
-        memory.check_host(s, 9216, cpu, on_device=0, model=0)
+        memory.check_host(s, 9216, cpu, on_device=0, copied=0)
     s.resample = 3
     with pytest.raises(ValueError, match="16384 answers of up to 9216 tokens"):
-        memory.check_host(s, 9216, cpu, on_device=0, model=0)
+        memory.check_host(s, 9216, cpu, on_device=0, copied=0)
