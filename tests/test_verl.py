@@ -4,6 +4,7 @@ against ours."""
 
 import math
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -316,11 +317,10 @@ def test_verls_loss_and_gradient_are_ours(wrapped, layout):
     assert 20 < ((ALPHA * direct.entropy < bound) & (bound > 0)).sum() < (bound > 0).sum() - 20
     loss, gradient = direct.verls(wrapped(ALPHA))
     our_loss, our_gradient = direct.ours(ALPHA)
-    print(f"{abs(loss - our_loss):.1e} of {our_loss:.4f}; {far(our_gradient, gradient):.1e}")
+    _, unshaped = direct.ours(0.0)
+    print(f"{far(our_gradient, gradient):.1e}; unshaped {far(unshaped, gradient):.2f}")
     assert abs(loss - our_loss) < 1e-6
     assert far(our_gradient, gradient) < 1e-5
-
-    _, unshaped = direct.ours(0.0)
     assert far(unshaped, gradient) > 0.1
 
 
@@ -422,6 +422,24 @@ def test_verls_actor_worker_takes_our_steps(ppo_loss, tmp_path, layout, flags, a
     ours = our_steps(episodes, old_logp, advantage, epochs, alpha)
     other = our_steps(episodes, old_logp, advantage, epochs, ALPHA - alpha)
     print(f"{far(ours, theirs):.1e}; with the other alpha {far(other, theirs):.2f}")
-    assert far(ours, theirs) < 1e-4
+    rounding = 4e-5 if epochs == 1 else 2e-4
+    assert far(ours, theirs) < rounding
     assert far(other, theirs) > 0.05
     assert ("entropy advantage: alpha 0.4, kappa 2.0" in words) == (flags == ON)
+
+
+def test_the_command_of_the_page(ppo_loss):
+    """docs/engines.md: verl knows every flag of it, and has nothing to object to."""
+    from verl_actor_step import read_flags
+
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+    page = (ROOT / "docs/engines.md").read_text()
+    [flags] = re.findall(r"^ {4}python -m verl.trainer.main_ppo (.*)$", page, re.M)
+    config = read_flags(flags.split())
+    validate_config(config, use_reference_policy=False, use_critic=False)
+    model = config.actor_rollout_ref.model
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert model.external_lib == NAME
+    assert actor.calculate_entropy
+    assert config.data.train_batch_size / actor.ppo_mini_batch_size == 16
