@@ -18,7 +18,7 @@ Of each method, beside plain GRPO (`--method grpo`), with 95 % intervals over pr
 
     cosine     between the two gradients: how far the update is turned
     expected   the cosine between the expected gradients, estimated from products of different problems
-               only, in which noise averages to 0 (so it may exceed 1)
+               only, in which noise averages to 0 (so it may exceed 1; none where noise hides it)
     length     of its gradient, relative (AdamW divides it out, unless it changes from step to step)
     cut        tokens without a gradient, of those that have one in the first update of plain GRPO
 

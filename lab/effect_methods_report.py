@@ -40,8 +40,8 @@ class Place:
                 self.columns[title] = (label, chosen)
 
     def figures(self, method: int, column: str) -> list[dict]:
-        """Cosine with the first method, relative length, and the cosine of the expected gradients,
-        with their intervals."""
+        """Cosine with the first method, relative length, and the cosine of the expected gradients (nan
+        unless 97.5 % of the resamples have one), with their intervals."""
         label, chosen = self.columns[column]
         cross = self.products[label]["plain"][method]  # [blocks, blocks]
         itself = self.products[label]["itself"][method]
@@ -52,12 +52,19 @@ class Place:
             square = quadratic(itself, weight)
             plain_square = quadratic(plain, weight)
             cosine = quadratic(cross, weight) / np.sqrt(square * plain_square)
-            # In products of different problems the noise averages to 0.
-            square_of_expected = between_problems(itself, weight) * between_problems(plain, weight)
-            expected = between_problems(cross, weight) / np.sqrt(square_of_expected)
-            return np.stack([cosine, np.sqrt(square / plain_square), expected])
+            # In products of different problems the noise averages to 0. More noise than gradient may
+            # leave a negative square, and no cosine.
+            squares = [between_problems(matrix, weight) for matrix in (itself, plain)]
+            is_known = np.min(squares, axis=0) > 0
+            expected = between_problems(cross, weight) / np.sqrt(squares[0] * squares[1])
+            expected = np.where(is_known, expected, math.nan)
+            return np.stack([cosine, np.sqrt(square / plain_square), expected, 1.0 * is_known])
 
-        return bootstrap_problems(of_weights, np.eye(len(chosen)))
+        cosine, length, expected, known = bootstrap_problems(of_weights, np.eye(len(chosen)))
+        known_in_most_resamples = known["interval"][0] == 1
+        if not known_in_most_resamples:
+            expected = {"mean": math.nan, "interval": [math.nan, math.nan]}
+        return [cosine, length, expected]
 
     def floor(self, column: str) -> dict:
         """The cosine between plain GRPO's gradients in two halves of the problems, and what 95 % of
@@ -72,16 +79,31 @@ def tables(records: dict[str, dict]) -> str:
     """Markdown, of every model."""
     parts = []
     for name, record in records.items():
+        parts.append(heading(name, record))
         for place, title in PLACES.items():
             parts += place_tables(f"{name}, {title}", Place(record, record["places"][place]))
     return "\n\n".join(parts)
+
+
+def heading(name: str, record: dict) -> str:
+    s = record["settings"]
+    right = np.array(record["right"]) / s["samples"]
+    with_both = int(((right > 0) & (right < 1)).sum())
+    together = f"; {s['block']} at a time are taken as one" if s["block"] > 1 else ""
+    return (
+        f"**{name}**: {s['task']}, {len(right)} problems × {s['samples']} answers, {right.mean():.3f} "
+        f"right, {record['tokens']:,} tokens. {with_both} problems have right and wrong answers; of "
+        f"{(right < HARD).sum()} less than a quarter is right{together}."
+    )
 
 
 def place_tables(title: str, place: Place) -> list[str]:
     """Cosines, then lengths."""
     every_token, *others = place.columns
     floor = [shown(place.floor(column)) for column in place.columns]
-    cosines = [["`grpo`, in two halves of the problems", floor[0], "", *floor[1:], ""]]
+    cosines = [
+        ["`grpo`, in two halves of the problems", floor[0], "", *floor[1:], f"{place.cut[0]:.2%}"]
+    ]
     lengths = []
     for i, method in enumerate(place.methods[1:], start=1):
         found = {column: place.figures(i, column) for column in place.columns}

@@ -2,6 +2,9 @@
 figures against gradients made by hand, and the tables of lab/METHODS.md against the saved products."""
 
 import dataclasses
+import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,13 +235,32 @@ def test_figures_are_those_of_the_gradients(column, tokens, problems):
     place = Place(record_of(VECTORS, RIGHT), record_of(VECTORS, RIGHT)["places"]["last"])
     sums = VECTORS[tokens][:, :, problems].sum(dim=(0, 2)).numpy()
     for method in range(3):
-        cosine, length = place.figures(method, column)
+        cosine, length, _ = place.figures(method, column)
         lengths = np.linalg.norm(sums, axis=1)
         want = sums[0] @ sums[method] / lengths[0] / lengths[method]
         assert cosine["mean"] == pytest.approx(want, rel=2e-3, abs=2e-4)
         assert length["mean"] == pytest.approx(lengths[method] / lengths[0], rel=2e-3)
-    itself, _ = place.figures(0, column)
+    itself, *_ = place.figures(0, column)
     assert itself["interval"] == pytest.approx([1, 1], abs=1e-6)
+
+
+def test_noise_of_its_own_does_not_turn_the_expected_gradient():
+    """A signal that all problems share, and noise that each has for itself, in the second method in
+    other directions: with noise the cosine is 2/3, without 1. And without the signal there is none."""
+    noise = torch.linalg.qr(torch.randn(41, 41, generator=dice(1))).Q
+    for signal in (1.0, 0.0):
+        vectors = torch.zeros(2, 2, 20, 41)
+        vectors[0] = signal * noise[40] * 0.1**0.5
+        vectors[0, 0] += noise[:20]
+        vectors[0, 1] += noise[20:40]
+        record = record_of(vectors, [1] * 20)
+        cosine, _, expected = Place(record, record["places"]["first"]).figures(1, "all tokens")
+        if signal:
+            # Squares 20^2 / 10 = 40 of the signal and 20 of the noise.
+            assert cosine["mean"] == pytest.approx(40 / 60, rel=1e-2)
+            assert expected["mean"] == pytest.approx(1, rel=1e-2)
+        else:
+            assert np.isnan(expected["mean"])
 
 
 def test_the_floor_is_the_cosine_of_other_problems():
@@ -259,7 +281,7 @@ def test_the_tables_have_a_row_a_method_and_no_figure_where_there_is_no_gradient
     *_, last = cosines.splitlines()
     cells = [cell.strip() for cell in last.split("|")]
     assert cells[1] == "method 2"
-    assert cells[3] != "" and cells[4] == ""
+    assert cells[4] != "" and cells[5] == ""
     assert cells[-2] == "12.50%"
     assert len(lengths.splitlines()) == 4
 
@@ -287,3 +309,54 @@ def test_the_command_says_what_is_wrong(tmp_path):
         effect(Settings(models=("base",), json=str(tmp_path / "no" / "file.json.gz")))
     with pytest.raises(ValueError, match="only 0 of 4 problems had right and wrong answers"):
         effect(Settings(models=("base",), problems=4, samples=2, max_new_tokens=2))
+
+
+# What was published.
+
+PAGE = Path("lab/METHODS.md")
+BASE = "lab/results/effect-methods.json.gz"
+TRAINED = "lab/results/effect-methods-trained.json.gz"
+
+
+@pytest.mark.parametrize("file", [BASE, TRAINED])
+def test_the_tables_of_the_page_are_made_again_from_the_saved_products(file):
+    assert tables(read_packed(file)) in PAGE.read_text()
+
+
+def test_the_saved_products_are_of_the_settings_that_the_page_names():
+    places = dict(models=(), json="", again="", device="")
+    for file, changes in ((BASE, {}), (TRAINED, dict(problems=48, block=1))):
+        [record] = read_packed(file).values()
+        assert record["settings"] | places == vars(Settings(**changes)) | places
+        assert record["methods"] == list(ROWS)
+
+
+def test_every_figure_of_the_text_is_one_of_the_tables():
+    text, *_ = PAGE.read_text().partition("\n**base**: ")
+    known = f"{tables(read_packed(BASE))} {tables(read_packed(TRAINED))}"
+    figures = re.findall(r"\d\.\d{3}\s\[[^]]*\]", text)
+    assert len(figures) == 25
+    assert [figure for figure in figures if " ".join(figure.split()) not in known] == []
+
+
+def cosines(file, place):
+    """Method -> its cosine over all tokens."""
+    [record] = read_packed(file).values()
+    found = Place(record, record["places"][place])
+    return {
+        method: found.figures(i, "all tokens")[0]["mean"] for i, method in enumerate(found.methods)
+    }
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_what_the_text_says_of_the_base(place):
+    found = cosines(BASE, place)
+    gspo = {found.pop("gspo"), found.pop("gspo-token")}
+    assert max(gspo) < 0.95
+    assert found.pop("80-20") < 0.5
+    assert min(found.values()) > 0.9885
+    assert min(found[name] for name in ("cispo", "kl-cov", "clip-cov")) > 0.9995
+    if place == "first":
+        assert round(math.degrees(math.acos(cosines(BASE, place)["80-20"]))) == 63
+    else:
+        assert round(math.degrees(math.acos(max(gspo)))) == 52
