@@ -43,8 +43,8 @@ EAGER_EIGHT_BIT_STEP = 62
 EVALUATION_MAY_HELP = "what may help: fewer --slots, less --max-new-tokens, --dtype bfloat16"
 MAY_HELP = (
     "what may help: fewer --slots, less --micro-tokens or --chunk, --recompute, "
-    "--weights bfloat16 --dtype bfloat16, --algo grpo, --lora-rank 16, torchrun with --shard, a "
-    "smaller model"
+    "--weights bfloat16 --dtype bfloat16, --algo grpo, --lora-rank 16, more processes with --shard, "
+    "a smaller model"
 )
 
 

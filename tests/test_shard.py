@@ -3,13 +3,16 @@ torchrun (two_processes_shard.py)."""
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from model import load
+from model import count_parameters, load
+from plumbing import memory
+from plumbing.settings import PRESETS, Settings
 from test_distributed import TWO, lines, run
 from training_runs import refusal
 from two_processes_shard import RUNS
@@ -89,3 +92,74 @@ def test_without_torchrun_there_is_nobody_to_share_with(tmp_path):
     assert "WORLD_SIZE" not in os.environ
     sentence = refusal("--shard", "--out", str(tmp_path))
     assert sentence.startswith("train.py: --shard needs torchrun, which starts the processes")
+
+
+# The public configurations. Parameters as the model cards say: 14.8 and 32.8 billion.
+QWEN25_14B = dict(
+    model_type="qwen2",
+    vocab_size=152064,
+    hidden_size=5120,
+    intermediate_size=13824,
+    num_hidden_layers=48,
+    num_attention_heads=40,
+    num_key_value_heads=8,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+)
+QWEN3_32B = QWEN25_14B | dict(
+    model_type="qwen3",
+    vocab_size=151936,
+    intermediate_size=25600,
+    num_hidden_layers=64,
+    num_attention_heads=64,
+    head_dim=128,
+)
+CUDA = torch.device("cuda")  # planned for, not used
+LENGTH = 9216  # tokens of the paper's longest sequence
+
+
+def plan_of(monkeypatch, config: dict, cards: int, **changes) -> str:
+    """For one of the cards, of 80 GB; the machine has enough memory besides."""
+    monkeypatch.setenv("WORLD_SIZE", str(cards))
+    monkeypatch.setattr(memory, "name_of", lambda device: "a card")
+    free = {"cuda": 80e9, "cpu": 1e12}
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free[device.type])
+    s = Settings(**PRESETS["paper-grpo"] | dict(weights="bfloat16", slots=8) | changes)
+    return memory.plan(config, count_parameters(config), s, LENGTH, s.slots, CUDA)
+
+
+def gb_of(sentence: str, what: str) -> float:
+    return float(re.search(rf"[:;,] {what} ([\d.]+)", sentence)[1])
+
+
+def test_14b_on_eight_cards_by_hand(monkeypatch):
+    """Of 14.77 billion weights a process has (2 + 2 + 10) / 8 bytes each, and 2 for the sampler's copy;
+    196,608 bytes of cache a token. Gathered in a pass: two tables of 152064 x 5120 numbers, and the
+    weights and gradients of two layers of 275 million."""
+    sentence = plan_of(monkeypatch, QWEN25_14B, 8, shard=True)
+    assert (
+        gb_of(sentence, "weights") == gb_of(sentence, "gradients") == pytest.approx(3.69, rel=2e-3)
+    )
+    assert gb_of(sentence, "optimizer") == pytest.approx(18.46, rel=5e-3)
+    assert gb_of(sentence, "decode weights") == pytest.approx(29.54, rel=2e-3)
+    assert gb_of(sentence, "KV cache") == pytest.approx(196608 * 8 * LENGTH / 1e9, rel=5e-3)
+    by_hand = 2 * (2 * 152064 * 5120 + 4 * 275.3e6) / 1e9
+    assert gb_of(sentence, "gathered") == pytest.approx(by_hand, rel=5e-3)
+    # Replicas, the paper's 64 slots, and a critic of the same size do not fit.
+    for changes in (dict(shard=False), dict(shard=True, slots=64), dict(shard=True, algo="ppo")):
+        with pytest.raises(ValueError, match="but there are 80; what may help: "):
+            plan_of(monkeypatch, QWEN25_14B, 8, **changes)
+    with pytest.raises(ValueError, match="a rollout needs 142"):
+        plan_of(monkeypatch, QWEN25_14B, 2, shard=True, slots=2)
+
+
+def test_32b_does_not_fit_cards_of_80_gb(monkeypatch):
+    """Of 32.76 billion weights the copy alone takes 65.5 GB, and slices on eight cards 57.3."""
+    with pytest.raises(ValueError, match="decode weights 65.5, .*but there are 80") as refused:
+        plan_of(monkeypatch, QWEN3_32B, 8, shard=True, slots=1)
+    sentence = str(refused.value)
+    slices = sum(gb_of(sentence, part) for part in ("weights", "gradients", "optimizer"))
+    assert slices == pytest.approx(14 * 32.76 / 8, rel=5e-3)
+    # On 64 cards the slices are small, and what a pass needs is still too much.
+    with pytest.raises(ValueError, match="a rollout needs 8"):
+        plan_of(monkeypatch, QWEN3_32B, 64, shard=True, slots=1)
