@@ -151,8 +151,8 @@ def kl_cov(step: Step, share: float = 2e-4, weight: float = 1.0) -> Loss:
         loss_t = -rho_t A_t + weight |log rho_t|  for those,      -rho_t A_t  for all others
 
     summed and divided as in policy_loss. -> the loss. (In the first update of a rollout log rho is
-    0 but for rounding, and so is what holds them.) Its statistics are those of policy_loss: what
-    that would have clipped."""
+    0 but for rounding. What holds them then has the gradient of a sign, -weight, 0 or weight, which
+    the rounding decides.) Its statistics are those of policy_loss: what that would have clipped."""
     found = covariance(step.advantage, step.old_logp, step)
     count = max(1, int(share * len(found)))
     least = found.topk(count).values[-1]

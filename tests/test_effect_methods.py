@@ -208,7 +208,7 @@ def record_of(vectors, right):
     names = [f"method {i}" for i in range(vectors.shape[1])]
     place = {"cut": [0.125] * len(names), "products": packed}
     return {
-        "settings": {"samples": 8},
+        "settings": {"task": "by hand", "samples": 8, "block": 1},
         "methods": names,
         "right": right,
         "blocks": [[i] for i in range(len(right))],
@@ -277,7 +277,8 @@ def test_the_floor_is_the_cosine_of_other_problems():
 def test_the_tables_have_a_row_a_method_and_no_figure_where_there_is_no_gradient():
     vectors = VECTORS.clone()
     vectors[1, 2] = 0.0
-    cosines, lengths = tables({"hand": record_of(vectors, RIGHT)}).split("\n\n")[:2]
+    head, cosines, lengths, *_ = tables({"hand": record_of(vectors, RIGHT)}).split("\n\n")
+    assert head.startswith("**hand**: by hand, 6 problems × 8 answers, 0.271 right, 100 tokens. 5 ")
     *_, last = cosines.splitlines()
     cells = [cell.strip() for cell in last.split("|")]
     assert cells[1] == "method 2"
