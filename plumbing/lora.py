@@ -7,9 +7,9 @@ with random numbers and B with zeros, so that nothing is changed at first: PEFT'
 names. No dropout, and the head, the embedding, norms and biases stay as they are.
 
 W is in --weights; A and B are float32 whatever it is, so they need no master, and autocast computes
-with both alike. Weight decay pulls A and B to 0, so the weights to those of the base.
+with both alike. Weight decay pulls A and B to 0, and so the sum to the weights of the base.
 
-The sampler decodes with a copy of the model that has B A added to its weights, anew for every
+The sampler decodes with a copy of the model, into which s B A is added anew for every
 rollout: as fast as a model without LoRA, at the price of that copy.
 """
 
