@@ -9,7 +9,7 @@ names. No dropout, and the head, the embedding, norms and biases stay as they ar
 W is in --weights; A and B are float32 whatever it is, so they need no master, and autocast computes
 with both alike. Weight decay pulls A and B to 0, and so the sum to the weights of the base.
 
-The sampler decodes with a copy of the model, into which s B A is added anew for every
+The sampler decodes with a copy of the model, in which s B A is added to the weights anew for every
 rollout: as fast as a model without LoRA, at the price of that copy.
 """
 
