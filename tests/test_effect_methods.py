@@ -289,7 +289,7 @@ def test_the_tables_have_a_row_a_method_and_no_figure_where_there_is_no_gradient
 
 def test_the_command_saves_what_it_prints(tmp_path, capsys):
     file = tmp_path / "effect.json.gz"
-    sizes = dict(task="countdown-easy", problems=6, max_new_tokens=64, block=1, moves=2)
+    sizes = dict(task="countdown-easy", problems=6, samples=8, max_new_tokens=64, block=1, moves=2)
     effect(Settings(models=("base",), json=str(file), **sizes))
     printed = capsys.readouterr().out
     effect(Settings(again=str(file)))
@@ -314,35 +314,33 @@ def test_the_command_says_what_is_wrong(tmp_path):
 
 # What was published.
 
-PAGE = Path("lab/METHODS.md")
-BASE = "lab/results/effect-methods.json.gz"
-TRAINED = "lab/results/effect-methods-trained.json.gz"
+PAGE = Path("lab/METHODS.md").read_text()
 
 
-@pytest.mark.parametrize("file", [BASE, TRAINED])
-def test_the_tables_of_the_page_are_made_again_from_the_saved_products(file):
-    assert tables(read_packed(file)) in PAGE.read_text()
+@pytest.fixture(scope="module")
+def saved():
+    return read_packed("lab/results/effect-methods.json.gz")
 
 
-def test_the_saved_products_are_of_the_settings_that_the_page_names():
+def test_the_tables_of_the_page_are_made_again_from_the_saved_products(saved):
+    text, *_ = PAGE.partition("\n**base**: ")
+    again = tables(saved)
+    assert again in PAGE
+    figures = re.findall(r"\d\.\d{3}\s\[[^]]*\]", text)
+    assert len(figures) == 23
+    assert [figure for figure in figures if " ".join(figure.split()) not in again] == []
+
+
+def test_the_saved_products_are_of_the_settings_that_the_page_names(saved):
+    assert list(saved) == ["base", "grpo-alpha=0.0"]
     places = dict(models=(), json="", again="", device="")
-    for file, changes in ((BASE, {}), (TRAINED, dict(problems=48, block=1))):
-        [record] = read_packed(file).values()
-        assert record["settings"] | places == vars(Settings(**changes)) | places
+    for record in saved.values():
+        assert record["settings"] | places == vars(Settings()) | places
         assert record["methods"] == list(ROWS)
 
 
-def test_every_figure_of_the_text_is_one_of_the_tables():
-    text, *_ = PAGE.read_text().partition("\n**base**: ")
-    known = f"{tables(read_packed(BASE))} {tables(read_packed(TRAINED))}"
-    figures = re.findall(r"\d\.\d{3}\s\[[^]]*\]", text)
-    assert len(figures) == 25
-    assert [figure for figure in figures if " ".join(figure.split()) not in known] == []
-
-
-def cosines(file, place):
+def cosines(record, place):
     """Method -> its cosine over all tokens."""
-    [record] = read_packed(file).values()
     found = Place(record, record["places"][place])
     return {
         method: found.figures(i, "all tokens")[0]["mean"] for i, method in enumerate(found.methods)
@@ -350,14 +348,14 @@ def cosines(file, place):
 
 
 @pytest.mark.parametrize("place", ["first", "last"])
-def test_what_the_text_says_of_the_base(place):
-    found = cosines(BASE, place)
+def test_what_the_text_says_of_the_base(saved, place):
+    found = cosines(saved["base"], place)
     gspo = {found.pop("gspo"), found.pop("gspo-token")}
     assert max(gspo) < 0.95
     assert found.pop("80-20") < 0.5
     assert min(found.values()) > 0.9885
     assert min(found[name] for name in ("cispo", "kl-cov", "clip-cov")) > 0.9995
     if place == "first":
-        assert round(math.degrees(math.acos(cosines(BASE, place)["80-20"]))) == 63
+        assert round(math.degrees(math.acos(cosines(saved["base"], place)["80-20"]))) == 63
     else:
         assert round(math.degrees(math.acos(max(gspo)))) == 52
