@@ -4,6 +4,7 @@ torchrun (two_processes_shard.py)."""
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,21 @@ def test_processes_with_different_work_make_the_replicas_step(made, kind):
 def test_a_process_has_half_of_every_weight(made, rank):
     """Before the first pass, and after a critic's without gradients."""
     assert json.loads((made / f"whole-{rank}.json").read_text()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("how, weights_of_each", [("sharded", 16 / 2 + 4), ("replicas", 16)])
+def test_a_process_takes_what_the_plan_says(tmp_path, monkeypatch, how, weights_of_each):
+    """The process's memory with 52 million float32 weights. 50 MB are what else it makes meanwhile."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is given back is not kept
+    done = run(TWO, "tests/two_processes_memory.py", str(tmp_path), how)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"{how}-{rank}.json").read_text())
+        assert found["planned prepared"] == pytest.approx(weights_of_each * 52.46e6, rel=1e-3)
+        for what in ("loading", "prepared", "step"):
+            planned = found[f"planned {what}"]
+            assert 0.97 * planned <= found[what] <= 1.02 * planned + 50e6, (what, found)
 
 
 def test_without_torchrun_there_is_nobody_to_share_with(tmp_path):

@@ -23,6 +23,7 @@ from rollout import Episode
 from training_runs import SMALL
 from train import train, update
 
+OWN_TASK = f"{Path(__file__).parent / 'by_length.py'}:ByLength"
 GRPO = dict(max_new_tokens=24, eval_problems=3, eval_samples=1, final_samples=1)
 # grad_clip: a norm that is added up in another order has another last bit, and with it all that is
 # divided by it.
@@ -55,10 +56,9 @@ LENGTH = 30  # tokens of a sequence
 
 
 def settings_of(folder: Path, name: str, **changes) -> Settings:
-    own_task = f"{Path(__file__).parent / 'by_length.py'}:ByLength"
     if "model" in changes:
         changes["model"] = str(folder / changes["model"])
-    flags = SMALL | GRPO | dict(task=own_task, out=str(folder), name=name) | changes
+    flags = SMALL | GRPO | dict(task=OWN_TASK, out=str(folder), name=name) | changes
     return Settings(**flags)
 
 
