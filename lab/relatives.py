@@ -3,7 +3,8 @@ Pass@K, beside GRPO?
 
     python -m lab.relatives             trains every method, measures it on the *test* problems once,
                                         prints the tables
-    python -m lab.relatives --tables    only prints the tables, from the saved counts
+    python -m lab.relatives --tables    only prints the tables, from the saved counts, and draws the
+                                        picture (matplotlib)
 
 Two settings, three seeds each, every method as published (docs/methods.md says what differs):
 
@@ -55,7 +56,9 @@ from evaluate import pass_table
 from lab import narrow
 from lab.arms import Arm, key
 from lab.children import Children, end_with_the_study, side_by_side
-from lab.tables import gains, over_problems, over_seeds, read_all, table
+from lab.effect_methods_report import Place
+from lab.saved import read_packed
+from lab.tables import T_975, gains, over_problems, over_seeds, read_all, table
 from plumbing.lock import lock
 from plumbing.settings import flag, parse_flags
 
@@ -95,6 +98,9 @@ EMBEDDED = [
     Arm("difficulty", "--method difficulty"),
     *RELATIVES,
 ]
+# As lab.effect_methods calls them.
+AS_A_METHOD = {narrow.DIFFICULTY.name: "difficulty", narrow.FULL_STRENGTH.name: "full strength"}
+EFFECT = "lab/results/effect-methods.json.gz"
 ARMS = {"narrow": RELATIVES, "embedded": EMBEDDED}
 
 
@@ -103,7 +109,8 @@ class Settings:
     runs: str = flag("runs/relatives", "where the training runs go")
     results: str = flag("lab/results/relatives", "where the counts go")
     processes: int = flag(2, "single-threaded processes side by side")
-    tables: bool = flag(False, "only print the tables from the saved counts")
+    tables: bool = flag(False, "only print the tables from the saved counts, and draw the picture")
+    figure: str = flag("lab/figures/relatives.png", "where the picture goes")
 
 
 @dataclass(frozen=True)
@@ -157,6 +164,7 @@ def run_and_print(s: Settings) -> None:
                 lambda job, children: work(job, s, children), jobs(s), s.processes, "relatives"
             )
     print(tables(s))
+    draw(s)
     if failures:
         raise ChildProcessError("; ".join(failures))
 
@@ -195,6 +203,57 @@ def read_setting(s: Settings, setting: str) -> dict[str, dict]:
 def of_seeds(records: dict[int, dict]) -> dict[int, dict]:
     """Those of this comparison's seeds; lab.narrow has more."""
     return {seed: record for seed, record in records.items() if seed in SEEDS}
+
+
+def draw(s: Settings) -> None:
+    """Against the angle between a method's update of the base and GRPO's, the last of a rollout: the
+    change of Pass@64, with its interval over seeds."""
+    from matplotlib.figure import Figure  # which only this picture needs
+
+    cosine = cosines()
+    figure = Figure((5.6 * len(SETTINGS), 5.2), layout="constrained")
+    axes = figure.subplots(1, len(SETTINGS), squeeze=False)[0]
+    for axis, setting in zip(axes, SETTINGS):
+        for name, gain in changes(s, setting).items():
+            angle = np.degrees(np.arccos(min(1.0, cosine[AS_A_METHOD.get(name, name)])))
+            mean, half = mean_and_half(gain)
+            axis.errorbar(angle, mean, half, fmt="o", color="0.3", elinewidth=0.6, capsize=2)
+            axis.annotate(name, (angle, mean), (5, 3), textcoords="offset points", fontsize=8)
+        axis.axhline(0, color="0.6", linewidth=0.8)
+        # Most lie within ten degrees: the square root spreads them.
+        axis.set_xscale("function", functions=(np.sqrt, np.square))
+        axis.set(title=setting, xlim=(0, 90), xticks=(0, 1, 5, 10, 20, 40, 60, 90))
+        axis.set_xlabel("angle to GRPO's update of the base, degrees")
+    axes[0].set_ylabel("Pass@64 minus GRPO's, 95 % over seeds")
+    figure.savefig(s.figure, dpi=100)
+
+
+def cosines() -> dict[str, float]:
+    """Of each method's update of the base with GRPO's, over all tokens (lab.effect_methods)."""
+    [record] = [found for name, found in read_packed(EFFECT).items() if name == "base"]
+    place = Place(record, record["places"]["last"])
+    found = {}
+    for i, name in enumerate(record["methods"]):
+        cosine, _, _ = place.figures(i, "all tokens")
+        found[name] = cosine["mean"]
+    return found
+
+
+def changes(s: Settings, setting: str) -> dict[str, np.ndarray]:
+    """Arm -> its Pass@64 minus GRPO's, [seeds], of arms that have at least two seeds with GRPO."""
+    rate = {name: passes(records) for name, records in read_setting(s, setting).items()}
+    found = {}
+    for name, values in rate.items():
+        both = set(values) & set(rate.get(GRPO.name, {}))
+        if name not in (GRPO.name, narrow.BASE.name) and len(both) > 1:
+            found[name] = gains(values, rate[GRPO.name]).mean(1)[:, KS.index(64)]
+    return found
+
+
+def mean_and_half(gain: np.ndarray) -> tuple[float, float]:
+    """[seeds] -> the mean, and half of its 95 % t interval."""
+    error = gain.std(ddof=1) / len(gain) ** 0.5
+    return gain.mean(), T_975[len(gain) - 1] * error
 
 
 def passes(records: dict[int, dict]) -> dict[int, np.ndarray]:

@@ -201,7 +201,7 @@ def mutants():
     """Name -> whether the sampler noticed, whether its episodes are right all the same, and what it
     said."""
     few = {"max_new_tokens": 45}
-    same = patched("rollout", "import copy", "import copy")
+    same = patched("rollout", "import math", "import math")
     right, _, _ = rollouts(same, "cuda", False, **few)
     results = {}
     for name, patch in MUTANTS.items():
