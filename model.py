@@ -385,16 +385,17 @@ def load_weights(
 
 
 def make_critic(policy: Transformer) -> Critic:
-    """A critic of the policy's weights; sharded, if the policy is."""
+    """A critic that starts from the policy's weights. If these are sliced, slice by slice: nothing
+    whole is made."""
     if not is_sharded(policy):
         return Critic(policy)
     with torch.device("meta"):
         critic = Critic(Transformer(policy.config).to(policy.head.dtype))
     shard(critic, policy.head.device)
     critic.to_empty(device=policy.head.device)
-    theirs = policy.state_dict()
-    for name, mine in critic.body.state_dict().items():
-        own_slice(mine).copy_(own_slice(theirs[name]))
+    of_policy = policy.state_dict()
+    for name, place in critic.body.state_dict().items():
+        own_slice(place).copy_(own_slice(of_policy[name]))
     for parameter in critic.value.parameters():
         own_slice(parameter.detach()).zero_()
     critic.body.recompute = policy.recompute

@@ -107,9 +107,9 @@ def texts(tokenizer, episodes: Sequence[Episode]) -> list[str]:
 
 class Sampler:
     """`slots` sequences at a time, each of at most `max_length` tokens with its prompt. `dtype` is
-    that of the decode weights and the cache (default: the model's own, and then no copy is made,
-    but for LoRA). `graph`: on a GPU, decode steps as CUDA graphs. `decoder`: a copy of the model to
-    decode with, of a sharded one."""
+    that of the decode weights and the cache. By default it is the model's own, and the model itself
+    decodes, unless it has LoRA, which a copy has merged. `graph`: on a GPU, decode steps as CUDA
+    graphs. `decoder`: a whole copy to decode with, if the model's weights are sliced (--shard)."""
 
     def __init__(
         self,
@@ -129,18 +129,18 @@ class Sampler:
         self.eos_ids = tuple(eos_ids)
         self.device = model.head.device
         self.dtype = dtype or model.head.dtype
-        same_weights = self.dtype == model.head.dtype and not adapted_layers(model)
-        if decoder is None:
-            decoder = model if same_weights else merged_copy(model).to(self.dtype)
-        self.decoder = decoder
+        needs_copy = self.dtype != model.head.dtype or len(adapted_layers(model)) > 0
+        if decoder is None and needs_copy:
+            decoder = merged_copy(model).to(self.dtype)
+        self.decoder = model if decoder is None else decoder
         self.graphs = Graphs(wanted=graph and self.device.type == "cuda")
         # One piece of memory; the cache in use is a view of its start (view_of_buffer).
         self.buffer: Tensor | None = None
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Recasts the decode weights after an update. Without a dtype of their own they are the
-        model's."""
+        """Brings the copy up to date after an update: LoRA merged, slices gathered, cast to its dtype.
+        Without a copy there is nothing to do."""
         if self.decoder is self.model:
             return
         for name, weight in merged_weights(self.model):
@@ -377,9 +377,8 @@ class Slots:
         # Layer by layer, because the rows that are taken from the bank are copied. What lies behind
         # a shorter prompt is padding: masked, until the slot's own tokens are written over it.
         prefilled = self.bank.shape[4]
-        for layer_cache, layer_bank in zip(
-            self.cache, self.bank
-        ):  # [2, S or prompts, kv_heads, L, d]
+        # Both [2, S or prompts, kv_heads, L, d].
+        for layer_cache, layer_bank in zip(self.cache, self.bank):
             layer_cache[:, slots, :, :prefilled] = layer_bank[:, in_bank]
         self.newest[slots] = newest
         self.position[slots] = position

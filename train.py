@@ -66,7 +66,7 @@ from plumbing.resample import resample
 from plumbing.run import Run, claim, no_other_flag
 from plumbing.seeds import seeded_generator
 from plumbing.settings import PRESETS, Settings, check, parse_flags, pick_device
-from plumbing.shard import in_step
+from plumbing.shard import in_lockstep
 from plumbing.stop import stop
 from rollout import Episode, Sampler, texts
 from tasks import Problem, load_task
@@ -114,13 +114,14 @@ def training_step(step: int, learner: Learner, s: Settings) -> StepRecord:
     record.reward = reward
     record.lap("reward_s")
 
-    # Only with --resample: other problems in the place of those that teach nothing.
+    # Only with --resample: problems that teach nothing give place to others (plumbing/resample.py).
     if s.resample:
         draw = partial(further_answers, step=step, learner=learner, s=s, record=record)
         record.resampled = resample(
             problems, episodes, reward, draw, candidates=learner.problems, step=step, s=s
         )
-        episodes, reward, _ = record.resampled
+        episodes = record.resampled.episodes
+        reward = record.resampled.reward
 
     # Advantage: how much better an answer is than its group (GRPO), or than the critic expected
     # (PPO). The sampler's own log-probabilities are the old policy's.
@@ -153,58 +154,6 @@ def training_step(step: int, learner: Learner, s: Settings) -> StepRecord:
     return record
 
 
-def sample_answers(
-    problems: list[Problem], generator: torch.Generator, learner: Learner, s: Settings
-) -> list[Episode]:
-    """s.samples to each problem, in turn."""
-    prompts = [learner.task.encode(problem, learner.tokenizer) for problem in problems]
-    episodes = learner.sampler.generate(
-        prompts, s.samples, s.max_new_tokens, s.temperature, generator
-    )
-    learner.sampler.free()  # the update needs the memory
-    return episodes
-
-
-def reward_answers(problems: list[Problem], episodes: list[Episode], learner: Learner) -> Tensor:
-    """-> [N]"""
-    rewards = learner.task.rewards(
-        [problems[episode.prompt_index] for episode in episodes],
-        texts(learner.tokenizer, episodes),
-        [episode.finished for episode in episodes],
-    )
-    return torch.tensor(rewards)
-
-
-def further_answers(
-    problems: list[Problem],
-    round_number: int,
-    step: int,
-    learner: Learner,
-    s: Settings,
-    record: StepRecord,
-) -> tuple[list[Episode], Tensor]:
-    """A round of --resample: answers and their rewards [N], both also into the record."""
-    generator = rollout_generator(step, learner, s, round_number)
-    episodes = sample_answers(problems, generator, learner, s)
-    record.episodes = [*record.episodes, *episodes]
-    record.lap("rollout_s")
-    reward = reward_answers(problems, episodes, learner)
-    record.reward = torch.cat((record.reward, reward))
-    record.lap("reward_s")
-    return episodes, reward
-
-
-def rollout_generator(
-    step: int, learner: Learner, s: Settings, round_number: int = 0
-) -> torch.Generator:
-    """Each process has random numbers of its own; the first has those of a single process. So has
-    each round of --resample, from 1."""
-    stream = f"rollout {learner.rank}" if learner.rank else "rollout"
-    if round_number:
-        stream = f"resample {round_number} {learner.rank}"
-    return seeded_generator(s.seed, step, stream, learner.device)
-
-
 def update(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
@@ -222,12 +171,13 @@ def update(
     denominator = sum(gather(count_tokens(episodes)))
     # The paper's shaping and loss, unless --method puts others in their place (docs/methods.md).
     paper = Update(advantage, denominator, shape_with_entropy, policy_loss, s)
-    this = by_method(paper, episodes, old_logp)
-    scored = needs_forward(this.advantage, this.s)
-    for rows in in_step(model, micro_batches(episodes, s.micro_tokens, among=scored)):
+    method = by_method(paper, episodes, old_logp)
+    scored = needs_forward(method.advantage, method.s)
+    # With --shard, in_lockstep makes all processes do equally many passes.
+    for rows in in_lockstep(model, micro_batches(episodes, s.micro_tokens, among=scored)):
         batch = collate([episodes[i] for i in rows], device)  # tokens [B, T]
         old = batch.align(old_logp[rows])  # [B, T-1], as all below
-        unshaped = batch.align(this.advantage[rows])
+        unshaped = batch.align(method.advantage[rows])
 
         # Score: log-probability and entropy of every token, by the policy as it is now.
         clock = Stopwatch()
@@ -244,13 +194,14 @@ def update(
         sums.score_s += clock.lap()
 
         # Shape: the paper's one line.
-        shaped = this.shape(unshaped, entropy, s.alpha, s.kappa)
+        shaped = method.shape(unshaped, entropy, s.alpha, s.kappa)
 
         # Loss. The classical entropy bonus (entropy_coef, 0 by default) is another thing than the
         # line above: it has the gradient of H, which flattens the whole distribution, in right and
-        # wrong answers alike; psi has no gradient and only rescales A.
-        loss, statistics = this.loss(
-            logp, old, shaped, batch.mask, s.clip_low, s.clip_high, this.denominator
+        # wrong answers alike; psi has no gradient and only rescales A. The bonus is a mean over all
+        # tokens, whatever a method divides its own loss by.
+        loss, statistics = method.loss(
+            logp, old, shaped, batch.mask, s.clip_low, s.clip_high, method.denominator
         )
         entropy_sum = torch.where(batch.mask, entropy, 0.0).sum()
         loss = loss - s.entropy_coef * entropy_sum / denominator
@@ -312,7 +263,7 @@ def critic_advantage(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PPO's advantages: reward [N], mask [N, R] -> whitened advantage, value, return, [N, R]."""
     value = torch.zeros(mask.shape)
-    for rows in in_step(critic, micro_batches(episodes, s.micro_tokens)):
+    for rows in in_lockstep(critic, micro_batches(episodes, s.micro_tokens)):
         batch = collate([episodes[i] for i in rows], critic.value.weight.device)
         with autocast(batch.tokens.device, s):
             predicted = critic(batch.tokens)  # [B, T-1]
@@ -340,7 +291,7 @@ def update_critic(
     updates, and the returns to fit."""
     sums = UpdateSums()
     denominator = sum(gather(count_tokens(episodes)))
-    for rows in in_step(critic, micro_batches(episodes, s.micro_tokens)):
+    for rows in in_lockstep(critic, micro_batches(episodes, s.micro_tokens)):
         batch = collate([episodes[i] for i in rows], critic.value.weight.device)
         old = batch.align(value[rows])  # [B, T-1], as all below
         target = batch.align(ret[rows])
@@ -350,6 +301,59 @@ def update_critic(
         loss.backward()
         sums.add({"loss": loss.detach()})
     return optimizer_step(critic, optimizer, sums, s)
+
+
+def sample_answers(
+    problems: list[Problem], generator: torch.Generator, learner: Learner, s: Settings
+) -> list[Episode]:
+    """s.samples answers to each problem; those to one problem are neighbours."""
+    prompts = [learner.task.encode(problem, learner.tokenizer) for problem in problems]
+    episodes = learner.sampler.generate(
+        prompts, s.samples, s.max_new_tokens, s.temperature, generator
+    )
+    learner.sampler.free()  # the update needs the memory
+    return episodes
+
+
+def reward_answers(problems: list[Problem], episodes: list[Episode], learner: Learner) -> Tensor:
+    """+1 for a right answer, -1 for any other -> [N]."""
+    rewards = learner.task.rewards(
+        [problems[episode.prompt_index] for episode in episodes],
+        texts(learner.tokenizer, episodes),
+        [episode.finished for episode in episodes],
+    )
+    return torch.tensor(rewards)
+
+
+def further_answers(
+    problems: list[Problem],
+    round_number: int,
+    step: int,
+    learner: Learner,
+    s: Settings,
+    record: StepRecord,
+) -> tuple[list[Episode], Tensor]:
+    """A round of --resample: answers and their rewards [N], both also into the record."""
+    generator = rollout_generator(step, learner, s, round_number)
+    episodes = sample_answers(problems, generator, learner, s)
+    # New ones: the step's own answers go on being used.
+    record.episodes = [*record.episodes, *episodes]
+    record.lap("rollout_s")
+    reward = reward_answers(problems, episodes, learner)
+    record.reward = torch.cat((record.reward, reward))
+    record.lap("reward_s")
+    return episodes, reward
+
+
+def rollout_generator(
+    step: int, learner: Learner, s: Settings, round_number: int = 0
+) -> torch.Generator:
+    """Random numbers of a step's rollout: others in each process, and in each round of --resample,
+    from 1. The first process's are those of a run with one process."""
+    stream = f"rollout {learner.rank}" if learner.rank else "rollout"
+    if round_number:
+        stream = f"resample {round_number} {learner.rank}"
+    return seeded_generator(s.seed, step, stream, learner.device)
 
 
 def train(s: Settings) -> Path | None:
@@ -447,7 +451,7 @@ def prepare(s: Settings) -> Learner:
     policy, critic = make_trained(pretrained, device, s)
     model = policy.module
     decode_dtype = getattr(torch, s.decode_dtype or s.dtype)
-    # Nobody can decode alone with slices.
+    # With --shard the sampler needs whole weights: a process cannot decode alone with slices.
     decoder = load_weights(pretrained, device, decode_dtype) if s.shard else None
     return Learner(
         task=task,

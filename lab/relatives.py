@@ -148,7 +148,8 @@ def work(job: Job, s: Settings, children: Children) -> None:
         children.run("train.py", "--out", str(folder.parent), "--name", folder.name, *flags)
     counts = str(counts_file(s, job))
     if job.setting == "narrow":
-        command = f"from lab.narrow import measure; measure{str(folder), counts}"
+        arguments = (str(folder), counts)
+        command = f"from lab.narrow import measure; measure{arguments}"
     else:
         arguments = (str(folder), counts, "test", PROBLEMS, SAMPLES)
         command = f"from lab.study import measure; measure{arguments}"

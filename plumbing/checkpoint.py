@@ -154,7 +154,8 @@ def keep_lines(file: Path, records: Sequence[dict]) -> None:
 
 def state_of(parts: dict[str, tuple]) -> dict[str, Tensor]:
     """All that a state holds, by name: the tensors themselves, not copies. parts: name -> (module,
-    its AdamW, by optimizer.make_optimizer). Not what is frozen (LoRA), which --model has."""
+    its AdamW, by optimizer.make_optimizer). Frozen weights (LoRA's base) are left out: a resumed run
+    reads them from --model."""
     tensors = {}
     for part, (module, optimizer) in parts.items():
         for name, parameter in module.named_parameters():
@@ -168,14 +169,15 @@ def state_of(parts: dict[str, tuple]) -> dict[str, Tensor]:
 
 def plain_tensors(name: str, moment: Tensor) -> dict[str, Tensor]:
     """The moment itself; or, of one in 8 bits (plumbing/eight_bit.py), what it is made of."""
-    if not hasattr(moment, "codes"):
+    is_eight_bit = hasattr(moment, "codes")
+    if not is_eight_bit:
         return {name: moment.detach()}
     return {f"{name}/codes": moment.codes, f"{name}/scale": moment.scale}
 
 
 def digest_of_frozen(parts: dict[str, tuple]) -> dict[str, str]:
-    """What a state tells of the weights that it does not hold: that it was not made beside others
-    is seen from this. Nothing if there are none."""
+    """For the state's metadata: a digest of the frozen weights, which the state does not hold. So
+    load_state can refuse it beside others. Empty without LoRA."""
     digest = hashlib.sha256()
     any_frozen = False
     for part, (module, _) in parts.items():

@@ -61,7 +61,8 @@ def others_needed() -> Iterator[None]:
 
 
 def tells_of_others(error: Exception) -> bool:
-    """Whether an error outside `others_needed`, in a pass over sharded weights, is of that kind."""
+    """Whether torch raised this because another process ended. For passes over sharded weights, which
+    are not inside `others_needed`."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
@@ -87,21 +88,24 @@ def sum_gradients(module: torch.nn.Module) -> None:
                 dist.all_reduce(parameter.grad)
 
 
-def clip_gradients(module: torch.nn.Module, most: float) -> Tensor:
-    """Scales them so that their norm is `most` at most -> what it was before, []."""
+def clip_gradients(module: torch.nn.Module, largest: float) -> Tensor:
+    """Scales the gradients to a norm of at most `largest`; returns the norm before, []."""
     with others_needed():
-        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), most)
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), largest)
         return whole(norm)
 
 
+# ---- With --shard a weight is a DTensor: its shape is that of the whole weight, its numbers are this
+# process's rows. Any other tensor passes through these functions unchanged.
+
+
 def is_slice(tensor: Tensor) -> bool:
-    """Whether it is a DTensor: its shape is that of the whole, its numbers are those of this process's
-    slice. (Without importing DTensor, which takes a second.)"""
+    """(Without importing DTensor, which takes a second.)"""
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a slice's tensor, for which all processes must call it together; else itself."""
+    """The whole tensor, gathered; all processes must call it."""
     if not is_slice(tensor):
         return tensor
     with others_needed():
@@ -109,12 +113,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def own_slice(tensor: Tensor) -> Tensor:
-    """The numbers of a slice, in place; else itself."""
+    """This process's rows; writing into them changes the weight."""
     return tensor.to_local() if is_slice(tensor) else tensor
 
 
 def slice_for(place: Tensor, content: Tensor) -> Tensor:
-    """What of a whole `content` belongs into `place`: rows, if that is a slice; else all of it."""
+    """The rows of a whole `content` that belong into `place`."""
     if not is_slice(place):
         return content
     # As torch.chunk cuts: the last processes may have fewer rows, or none.

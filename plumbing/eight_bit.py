@@ -34,8 +34,9 @@ class SeededAdamW8bit(AdamW8bit):
         number = int(self.state[parameter]["step"])
         seed = seeded_generator(self.seed, number, "rounding").initial_seed()
         gpus = [parameter.device] if parameter.is_cuda else []
-        # torchao compiles the step. On a CPU that takes minutes, and a C++ compiler.
-        as_written = torch.compiler.set_stance("force_eager")
-        with torch.random.fork_rng(gpus), nullcontext() if gpus else as_written:
+        # torchao compiles the step. On a CPU that takes minutes, and a C++ compiler. (The stance is
+        # set when the object is made: so only there.)
+        compiling = nullcontext() if gpus else torch.compiler.set_stance("force_eager")
+        with torch.random.fork_rng(gpus), compiling:
             torch.manual_seed(seed)
             super().step()

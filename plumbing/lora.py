@@ -6,7 +6,7 @@ B [out, rank] and s = alpha / rank. W has no gradient and no moments, only A and
 with random numbers and B with zeros, so that nothing is changed at first: PEFT's default, and its
 names. No dropout, and the head, the embedding, norms and biases stay as they are.
 
-W is in --weights; A and B are float32 whatever it is, so they need no master, and autocast computes
+W has the type of --weights. A and B are always float32, so they need no master, and autocast computes
 with both alike. Weight decay pulls A and B to 0, and so the sum to the weights of the base.
 
 The sampler decodes with a copy of the model, in which s B A is added to the weights anew for every
@@ -112,13 +112,13 @@ def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
         for matrix in MATRICES:
             full_name = f"base_model.model.model.{name}.{matrix}.weight"
             matrices[full_name] = getattr(layer, matrix).detach().cpu().contiguous()
-    a_layer = next(iter(layers.values()))
+    any_layer = next(iter(layers.values()))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": a_layer.rank,
-        "lora_alpha": a_layer.alpha,
+        "r": any_layer.rank,
+        "lora_alpha": any_layer.alpha,
         "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
         "lora_dropout": 0.0,
         "bias": "none",

@@ -37,8 +37,8 @@ SCRATCH_OF_LOGIT = 8
 # cuBLAS keeps 32 MiB on a Hopper card, 8 on others, for every thread and stream that multiplies:
 # the program's, the recording of a CUDA graph, the backward pass. On an H200 0.10 GB was missing.
 CUDA_WORKSPACES = 3 * 32 * 2**20
-# Of the largest weight, in a step of torchao's 8-bit AdamW on a CPU, where it is not compiled: 56 to 61
-# were measured.
+# Bytes per number of the largest weight, in a step of torchao's 8-bit AdamW on a CPU, where it is not
+# compiled: 56 to 61 were measured.
 EAGER_EIGHT_BIT_STEP = 62
 EVALUATION_MAY_HELP = "what may help: fewer --slots, less --max-new-tokens, --dtype bfloat16"
 MAY_HELP = (
@@ -382,8 +382,9 @@ def check_host(s, length: int, device: torch.device, on_device: float, copied: f
     if needed > free:
         raise ValueError(
             f"{answers} answers of up to {length} tokens with their prompts take {size / GB:.3g} GB "
-            f"of this machine's memory, which is {free / GB:.3g}; what may help: fewer --prompts or "
-            "--samples (and --eval-samples, --final-samples), less --max-new-tokens"
+            f"and all together {needed / GB:.3g} of this machine's memory, which is "
+            f"{free / GB:.3g}; what may help: fewer --prompts or --samples (and --eval-samples, "
+            "--final-samples), less --max-new-tokens"
         )
 
 

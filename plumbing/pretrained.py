@@ -204,9 +204,8 @@ def check_tied(folder: Path, embedding: Tensor) -> None:
             if "lm_head.weight" not in saved.keys():
                 continue
             head = slice_for(embedding, saved.get_tensor("lm_head.weight"))
-        if not torch.equal(
-            head.to(own_slice(embedding)), own_slice(embedding)
-        ):  # its device and type
+        mine = own_slice(embedding)
+        if not torch.equal(head.to(mine), mine):  # on its device, in its type
             raise ValueError(
                 f"{file} has a head that is not the embedding, as config.json says by "
                 '"tie_word_embeddings": true; is it false?'

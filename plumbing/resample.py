@@ -67,7 +67,7 @@ def resample(
     while rounds < s.resample:
         # Every process knows all open places, and so which further problem belongs to each.
         my_open = [place for place, group in groups.items() if not group.teaches]
-        all_open = sorted(sum(gather(my_open), []))
+        all_open = sorted(itertools.chain.from_iterable(gather(my_open)))
         if not all_open:
             break
         rounds += 1
@@ -82,8 +82,10 @@ def resample(
             new_groups = groups_of(answers, rewards, s.samples)
             groups |= {place: new for place, new in zip(my_open, new_groups) if new.teaches}
 
-    kept = [episode for group in groups.values() for episode in group.episodes]
-    return Resampled(kept, torch.cat([group.reward for group in groups.values()]), rounds)
+    kept = list(groups.values())
+    answers = [episode for group in kept for episode in group.episodes]
+    rewards = torch.cat([group.reward for group in kept])
+    return Resampled(answers, rewards, rounds)
 
 
 def groups_of(episodes: list["Episode"], reward: Tensor, samples: int) -> list[Group]:

@@ -103,7 +103,7 @@ def main() -> None:
     found["step"] = watch.most - empty
 
     parameters = count_parameters(CONFIG)
-    always = memory.always(parameters, s, CPU)
+    always = memory.always(CONFIG, parameters, s, CPU)
     found["planned loading"] = always["weights"]
     found["planned prepared"] = sum(always.values())
     needs = memory.needs(CONFIG, parameters, s, learner.sampler.max_length, s.slots, CPU)
