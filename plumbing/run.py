@@ -35,6 +35,7 @@ from plumbing.folder import (
 from plumbing.lock import lock, remove_empty, workplace
 from plumbing.pretrained import EMBEDDED, named_as_in_transformers
 from plumbing.settings import ADDED_LATER, Settings, check_text, run_name
+from plumbing.shard import is_sharded
 from plumbing.stop import stop
 
 # What a resumed run reads of its old lines, besides the step.
@@ -100,8 +101,6 @@ def claim(s: Settings, rank: int) -> Iterator[Settings]:
         gather(None)  # nor does it change anything while others read
         if rank == 0 and s.resume is not None:
             remove_leftovers(run)
-            if s != saved:
-                store_longer(run, s)
         yield s
 
 
@@ -133,6 +132,8 @@ class Run:
         kept = None
         if self.writes:
             kept = self.read_kept(s, problems)
+            if s.resume is not None:
+                store_longer(self.place, s)
         self.log, self.validations = gather(kept)[0]  # the first process's
         stop.saved = self.saved_step
         stop.run = self.folder if self.is_in_place() else None
@@ -189,6 +190,8 @@ class Run:
         state = state_of(self.parts)
         refuse_not_finite(state)
         policy, _ = self.parts["policy"]
+        if not is_sharded(policy):
+            return  # and LoRA's weights are merged for the file alone
         lend_slices(named_as_in_transformers(policy))
         lend_slices(state)
 
@@ -312,10 +315,14 @@ def with_steps(saved: Settings, steps: int | None) -> Settings:
 
 
 def store_longer(run: Path, s: Settings) -> None:
-    """Settings with more steps in place of the run's own. The final table is no longer its last
-    file, and goes first: killed in between, the run makes it again."""
+    """Settings with more steps, if they have, in place of the run's own, once nothing refuses them.
+    The final table is no longer its last file, and goes first: killed in between, the run makes it
+    again."""
+    config = read_json(run / "config.json")
+    if config["steps"] == s.steps:
+        return
     remove(run / "validation.json")
-    config = read_json(run / "config.json") | {"steps": s.steps}
+    config["steps"] = s.steps
     with atomic_write(run / "config.json") as fresh:
         fresh.write_text(json.dumps(config, indent=2) + "\n")
 

@@ -12,10 +12,9 @@ import time
 import pytest
 
 import train
-from plumbing.checkpoint import read_json
 from plumbing.pretrained import find_folder
-from plumbing.run import claim, open_run, settings_of_run
-from plumbing.settings import Settings, parse_flags, run_name
+from plumbing.run import claim, open_run, settings_of_run, store_longer
+from plumbing.settings import Settings, check, parse_flags, run_name
 from plumbing.stop import Stop
 from training_runs import (
     ROOT,
@@ -227,28 +226,28 @@ def test_a_longer_run_that_dies_at_once_is_longer_and_not_finished(tmp_path, mon
     for the other's."""
     run, _ = small_run(tmp_path, "run")
     assert (run / "validation.json").exists()
-    asked = Settings(resume=str(run), steps=4)
-    with monkeypatch.context() as patch:
-        patch.setattr("plumbing.run.read_json", raise_keyboard_interrupt_the_second_time())
-        with pytest.raises(KeyboardInterrupt), claim(asked, rank=0):
-            pass
-    assert settings_of_run(str(run)).steps == 2
-    assert not (run / "validation.json").exists()
-    with claim(asked, rank=0) as s:
+    with claim(Settings(resume=str(run), steps=4), rank=0) as s:
         assert s.steps == 4
+        assert settings_of_run(str(run)).steps == 2  # it may still be refused
+        with monkeypatch.context() as patch:
+            patch.setattr("plumbing.run.atomic_write", raise_keyboard_interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                store_longer(run, s)
+        assert settings_of_run(str(run)).steps == 2
+        assert not (run / "validation.json").exists()
+        store_longer(run, s)
     assert settings_of_run(str(run)).steps == 4
 
 
-def raise_keyboard_interrupt_the_second_time():
-    calls = []
-
-    def read_once(file):
-        calls.append(file)
-        if len(calls) > 1:
-            raise KeyboardInterrupt
-        return read_json(file)
-
-    return read_once
+def test_a_refused_longer_run_is_as_it_was(tmp_path, monkeypatch):
+    """Two problems per minibatch cannot be shared by three processes."""
+    run, _ = small_run(tmp_path, "run")
+    before = {file: file.read_bytes() for file in run.iterdir() if file.is_file()}
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="number of processes"):
+        with claim(Settings(resume=str(run), steps=4), rank=0) as s:
+            check(s)
+    assert {file: file.read_bytes() for file in run.iterdir() if file.is_file()} == before
 
 
 def test_the_steps_of_a_run_that_is_resumed_are_its_own(tmp_path):
