@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
+import numpy as np
 import safetensors
 import torch
 from torch import Tensor
 
-from plumbing.distributed import own_slice, slice_for, whole
+from plumbing.distributed import OthersEnded, own_slice, slice_for, whole
 
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
@@ -44,6 +45,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.rename(path, old)
         os.replace(fresh, path)
         remove(old)
+    except OthersEnded:  # who had the other slices
+        raise
     except Exception as error:  # on a full disk safetensors and tokenizers raise no OSError
         raise OSError(f"{path} could not be written ({error})") from None
     finally:
@@ -184,9 +187,8 @@ def digest_of_frozen(parts: dict[str, tuple]) -> dict[str, str]:
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 any_frozen = True
-                # The bits of all numbers, combined by xor: in any order and on any device the same.
-                bits = torch.hash_tensor(parameter).item()
-                digest.update(f"{part}/{name} {bits}\n".encode())
+                digest.update(f"{part}/{name}\n".encode())
+                digest.update(bytes_of(parameter))
     return {"frozen": digest.hexdigest()} if any_frozen else {}
 
 
@@ -234,8 +236,13 @@ def write_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, st
         out.write(len(text).to_bytes(8, "little"))
         out.write(text)
         for name in names:
-            numbers = whole(tensors[name]).detach().cpu().contiguous().flatten()
-            out.write(numbers.view(torch.uint8).numpy())
+            out.write(bytes_of(whole(tensors[name])))
+
+
+def bytes_of(tensor: Tensor) -> np.ndarray:
+    """As in a safetensors file; uint8."""
+    numbers = tensor.detach().cpu().contiguous().flatten()
+    return numbers.view(torch.uint8).numpy()
 
 
 def lend_slices(tensors: dict[str, Tensor]) -> None:
