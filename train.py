@@ -451,8 +451,10 @@ def prepare(s: Settings) -> Learner:
     policy, critic = make_trained(pretrained, device, s)
     model = policy.module
     decode_dtype = getattr(torch, s.decode_dtype or s.dtype)
-    # With --shard the sampler needs whole weights: a process cannot decode alone with slices.
-    decoder = load_weights(pretrained, device, decode_dtype) if s.shard else None
+    # With --shard the sampler needs whole weights: a process cannot decode alone with slices. With
+    # LoRA it needs merged ones, and made from the model's they would first be there in its type too.
+    own_copy = s.shard or s.lora_rank > 0
+    decoder = load_weights(pretrained, device, decode_dtype) if own_copy else None
     return Learner(
         task=task,
         tokenizer=pretrained.tokenizer,
