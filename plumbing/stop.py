@@ -77,7 +77,9 @@ class Stop:
             return ""
         script = shlex.quote(sys.argv[0])
         run = shlex.quote(str(self.run))
-        return f"; go on from step {self.saved} with: python {script} --resume {run}"
+        processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        starter = "python" if processes == "1" else f"torchrun --nproc-per-node {processes}"
+        return f"; go on from step {self.saved} with: {starter} {script} --resume {run}"
 
     def what_may_help(self) -> str:
         last = "nothing was saved yet"

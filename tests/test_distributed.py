@@ -185,7 +185,9 @@ def test_one_of_two_processes_is_killed(tmp_path, rank, flags):
     assert process.returncode != 0
     assert time.time() - begun < 30
     [sentence] = sentences_of(error)
-    assert sentence.endswith(f"; go on from step 3 with: python train.py --resume {tmp_path}/a")
+    assert sentence.endswith(
+        f"; go on from step 3 with: torchrun --nproc-per-node 2 train.py --resume {tmp_path}/a"
+    )
 
 
 def test_a_signal_to_two_processes_is_answered_once(tmp_path):
@@ -196,7 +198,7 @@ def test_a_signal_to_two_processes_is_answered_once(tmp_path):
     _, error = process.communicate()
     step = len(read_jsonl(tmp_path / "a/log.jsonl"))
     assert sentences_of(error) == [
-        f"train.py: stopped; go on from step {step} with: python train.py --resume {tmp_path}/a"
+        f"train.py: stopped; go on from step {step} with: torchrun --nproc-per-node 2 train.py --resume {tmp_path}/a"
     ]
     assert error.count("finishing this step and saving") == 1
     with safetensors.safe_open(tmp_path / "a/state.safetensors", "pt") as state:
