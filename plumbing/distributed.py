@@ -90,6 +90,8 @@ def sum_gradients(module: torch.nn.Module) -> None:
 
 def clip_gradients(module: torch.nn.Module, largest: float) -> Tensor:
     """Scales the gradients to a norm of at most `largest`; returns the norm before, []."""
+    if not any(is_slice(parameter) for parameter in module.parameters()):
+        return torch.nn.utils.clip_grad_norm_(module.parameters(), largest)
     with others_needed():
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), largest)
         return whole(norm)
