@@ -384,7 +384,7 @@ def check_host(s, length: int, device: torch.device, on_device: float, copied: f
             f"{answers} answers of up to {length} tokens with their prompts take {size / GB:.3g} GB "
             f"and all together {needed / GB:.3g} of this machine's memory, which is "
             f"{free / GB:.3g}; what may help: fewer --prompts or --samples (and --eval-samples, "
-            "--final-samples), less --max-new-tokens"
+            "--final-samples), less --resample or --max-new-tokens"
         )
 
 
