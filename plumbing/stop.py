@@ -77,8 +77,8 @@ class Stop:
             return ""
         script = shlex.quote(sys.argv[0])
         run = shlex.quote(str(self.run))
-        processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-        starter = "python" if processes == "1" else f"torchrun --nproc-per-node {processes}"
+        processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+        starter = f"torchrun --nproc-per-node {processes}" if processes else "python"
         return f"; go on from step {self.saved} with: {starter} {script} --resume {run}"
 
     def what_may_help(self) -> str:
