@@ -52,6 +52,7 @@ def plan(config: dict, parameters: int, s, length: int, rows: int, device: torch
     """A table in GB for `rows` sequences of `length` tokens, with a policy of `parameters` weights,
     under train.py's settings `s`. ValueError if that is more than a GPU has free or this machine
     has."""
+    check_lora_rank(config, parameters, s)
     shape = (config, parameters, s, length, rows, device)
     parts = in_gb(always(config, parameters, s, device) | sampling(*shape) | learning(*shape))
     rollout, update = needs(*shape)
@@ -130,23 +131,25 @@ def count_adapters(config: dict, rank: int) -> int:
 
 
 def saved_by_lora(config: dict, parameters: int, s, device: torch.device) -> str:
-    """For the table: what a rollout and an update need less than without it. ValueError for a rank
-    with which more would be trained than without."""
+    """For the table: by how much less memory is taken all the time."""
     if not s.lora_rank:
         return ""
+    adapters = count_adapters(config, s.lora_rank)
+    without = dataclasses.replace(s, lora_rank=0)
+    all_trained = sum(always(config, parameters, without, device).values())
+    saved = all_trained - sum(always(config, parameters, s, device).values())
+    effect = f"saves {saved / GB:.3g}" if saved > 0 else f"takes {-saved / GB:.3g} more"
+    return f"; LoRA trains {adapters / 1e9:.3g} billion numbers in their place, which {effect}"
+
+
+def check_lora_rank(config: dict, parameters: int, s) -> None:
+    """ValueError for a rank with which more would be trained than without LoRA."""
     adapters = count_adapters(config, s.lora_rank)
     if adapters >= parameters:
         raise ValueError(
             f"--lora-rank must be so small that less is trained than without it; with {s.lora_rank} "
             f"it is {adapters / 1e9:.3g} billion numbers in place of {parameters / 1e9:.3g} billion"
         )
-    without = dataclasses.replace(s, lora_rank=0)
-    all_trained = sum(always(config, parameters, without, device).values())
-    saved = all_trained - sum(always(config, parameters, s, device).values())
-    return (
-        f"; LoRA trains {adapters / 1e9:.3g} billion numbers in their place, "
-        f"which saves {saved / GB:.3g}"
-    )
 
 
 def workspaces(device: torch.device) -> int:
