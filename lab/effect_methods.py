@@ -42,7 +42,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from advantage import group_advantage, policy_loss, shape_with_entropy
-from lab.effect_methods_report import tables
+from lab.effect_methods_report import summary, tables
 from lab.effect_report import FEWEST
 from lab.gradients import by_part, pack, products
 from lab.methods import METHODS
@@ -188,19 +188,19 @@ def weights_of_tokens(
 
 
 def add_gradients(
-    into: Tensor,
+    gradients_of: Tensor,
     model: Transformer,
     rollout: Rollout,
     answers: Sequence[int],
     updates: dict[str, Update],
 ) -> Tensor:
-    """Adds the part that these answers have in the gradient of every method to `into`, [bands,
-    methods, numbers]. Returns how many tokens each method cuts, [methods]."""
+    """Adds the part that these answers have in the gradient of every method to `gradients_of`,
+    [bands, methods, numbers]. Returns how many tokens each method cuts, [methods]."""
     named = list(model.named_parameters())
     parameters = [parameter for _, parameter in named]
     tokens = rollout.mask.sum()
     least = rollout.entropy[rollout.mask].quantile(1 - TOP)
-    plain, *_ = updates.values()
+    plain = updates["grpo"]
     cut = torch.zeros(len(updates))
     for rows in micro_batches(rollout.episodes, MICRO_TOKENS, among=answers):
         batch = collate([rollout.episodes[i] for i in rows], model.head.device)
@@ -229,21 +229,21 @@ def add_gradients(
         cut += (taught & (weights[:, 0] == 0)).sum(dim=(1, 2)).cpu()
 
         for band, inside in enumerate((top, batch.mask & ~top)):
-            mixed, basis = by_few_rows(weights[:, :, inside].flatten(1))
+            mixed, basis = low_rank(weights[:, :, inside].flatten(1))
             gradients = []
             for row in basis:
                 linear = row @ values[:, inside].flatten()
                 found = torch.autograd.grad(linear, parameters, retain_graph=True)
                 gradients.append(flat(named, found))
             if gradients:
-                into[band] += mixed @ torch.stack(gradients)
+                gradients_of[band] += mixed @ torch.stack(gradients)
     return cut
 
 
-def by_few_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [m, n] as sums of few, [m, r] @ [r, n], to about 1e-6 of each row. Gradients are linear in
-    the weights of tokens, and most methods differ by a number for right and one for wrong answers:
-    so r gradients will do for all."""
+def low_rank(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [m, n] as mixed [m, r] @ basis [r, n], to about 1e-6 of each row: a backward pass for each
+    of r rows, not of m. Gradients are linear in the weights of tokens, and most methods differ by a
+    number for right and one for wrong answers, so r is small."""
     size = rows.double().norm(dim=1, keepdim=True)
     left, strength, right = torch.linalg.svd(rows / size.clamp(min=1e-300), full_matrices=False)
     needed = strength > 1e-6
@@ -302,7 +302,7 @@ def measure_place(
     """With the policy where it is: the share of the tokens that each method cuts, and the products of
     blocks."""
     updates = {label: update_of(rollout, s) for label, s in rows.items()}
-    plain, *_ = updates.values()
+    plain = updates["grpo"]
     named = list(model.named_parameters())
     numbers = len(flat(named, [parameter.detach() for _, parameter in named]))
     vectors = torch.zeros(len(BANDS), len(updates), len(blocks), numbers, device=model.head.device)
@@ -336,7 +336,7 @@ def effect(s: Settings) -> None:
         records = read_packed(s.again)
     else:
         records = {Path(name).name: measure(name, s) for name in dict.fromkeys(s.models)}
-    print(tables(records))
+    print(summary(records), tables(records), sep="\n\n")
     if s.json:
         save_packed(records, s.json, separators=(",", ":"))
 

@@ -10,6 +10,7 @@ from lab.resampling import bootstrap_problems
 from lab.tables import table
 
 HARD = 0.25  # of the answers are right, in an easier problem at least
+HALVES = "`grpo`, in two halves of the problems"  # the row of the noise floor
 PLACES = {"first": "the first update of a rollout", "last": "the last"}
 
 
@@ -27,10 +28,11 @@ class Place:
 
         right = np.array(record["right"]) / record["settings"]["samples"]
         share = np.array([right[block].mean() for block in blocks])
+        everything = np.full(len(blocks), True)
         every_token, *bands = self.products
         # Title -> which tokens, which blocks.
-        columns = {every_token: (every_token, share >= 0)}
-        columns |= {band: (band, share >= 0) for band in bands}
+        columns = {every_token: (every_token, everything)}
+        columns |= {band: (band, everything) for band in bands}
         columns["hard problems"] = (every_token, share < HARD)
         columns["other problems"] = (every_token, share >= HARD)
         self.columns = {}
@@ -58,7 +60,8 @@ class Place:
             is_known = np.min(squares, axis=0) > 0
             expected = between_problems(cross, weight) / np.sqrt(squares[0] * squares[1])
             expected = np.where(is_known, expected, math.nan)
-            return np.stack([cosine, np.sqrt(square / plain_square), expected, 1.0 * is_known])
+            length = np.sqrt(square / plain_square)
+            return np.stack([cosine, length, expected, is_known.astype(float)])
 
         cosine, length, expected, known = bootstrap_problems(of_weights, np.eye(len(chosen)))
         known_in_most_resamples = known["interval"][0] == 1
@@ -66,13 +69,30 @@ class Place:
             expected = {"mean": math.nan, "interval": [math.nan, math.nan]}
         return [cosine, length, expected]
 
-    def floor(self, column: str) -> dict:
+    def noise_floor(self, column: str) -> dict:
         """The cosine between plain GRPO's gradients in two halves of the problems, and what 95 % of
         halves lie between."""
         label, chosen = self.columns[column]
         matrix = self.products[label]["itself"][0][np.ix_(chosen, chosen)]
         mean, interval = cosine_of_halves(matrix, len(matrix))
         return {"mean": mean, "interval": interval}
+
+
+def summary(records: dict[str, dict]) -> str:
+    """Markdown: the cosine of every method over all tokens, a column for each model and place."""
+    columns = {}
+    for name, record in records.items():
+        for which, measured in record["places"].items():
+            columns[f"{name}, {which}"] = Place(record, measured)
+    first, *_ = columns.values()
+    every_token, *_ = first.columns
+
+    noise_floor = [shown(place.noise_floor(every_token)) for place in columns.values()]
+    rows = [[HALVES, *noise_floor]]
+    for i, method in enumerate(first.methods[1:], start=1):
+        cosines = [place.figures(i, every_token)[0] for place in columns.values()]
+        rows.append([row_label(method), *map(shown, cosines)])
+    return table(["cosine with plain GRPO's update", *columns], rows)
 
 
 def tables(records: dict[str, dict]) -> str:
@@ -100,10 +120,9 @@ def heading(name: str, record: dict) -> str:
 def place_tables(title: str, place: Place) -> list[str]:
     """Cosines, then lengths."""
     every_token, *others = place.columns
-    floor = [shown(place.floor(column)) for column in place.columns]
-    cosines = [
-        ["`grpo`, in two halves of the problems", floor[0], "", *floor[1:], f"{place.cut[0]:.2%}"]
-    ]
+    noise_floor = [shown(place.noise_floor(column)) for column in place.columns]
+    floor_of_all, *floor_of_others = noise_floor
+    cosines = [[HALVES, floor_of_all, "", *floor_of_others, f"{place.cut[0]:.2%}"]]
     lengths = []
     for i, method in enumerate(place.methods[1:], start=1):
         found = {column: place.figures(i, column) for column in place.columns}
@@ -111,13 +130,18 @@ def place_tables(title: str, place: Place) -> list[str]:
         length = [shown(figures[1]) for figures in found.values()]
         expected = shown(found[every_token][2])
         of_others = [cosine[column] for column in others]
-        label = method if " " in method else f"`{method}`"
+        label = row_label(method)
         cosines.append([label, cosine[every_token], expected, *of_others, f"{place.cut[i]:.2%}"])
         lengths.append([label, *length])
     return [
         table([f"{title}: cosine", every_token, "expected", *others, "cut"], cosines),
         table([f"{title}: length", *place.columns], lengths),
     ]
+
+
+def row_label(method: str) -> str:
+    """As code if it is a --method of train.py."""
+    return method if " " in method else f"`{method}`"
 
 
 def shown(figure: dict) -> str:

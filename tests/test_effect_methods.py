@@ -1,5 +1,6 @@
 """lab/effect_methods.py: its gradients against those that train.update leaves to an optimizer, its
-figures against gradients made by hand, and the tables of lab/METHODS.md against the saved products."""
+figures against gradients made by hand, and what lab/METHODS.md and lab/results/METHODS.md show
+against the saved products."""
 
 import dataclasses
 import math
@@ -16,15 +17,15 @@ from lab.effect_methods import (
     BANDS,
     Settings,
     add_gradients,
-    by_few_rows,
     compared,
     effect,
     flat,
+    low_rank,
     move,
     rollout_of,
     update_of,
 )
-from lab.effect_methods_report import Place, tables
+from lab.effect_methods_report import Place, summary, tables
 from lab.gradients import pack, products
 from lab.methods import METHODS, find
 from lab.saved import read_packed
@@ -144,12 +145,12 @@ def test_few_rows_stand_for_all():
     two = torch.randn(2, 50, generator=dice(0))
     shares = torch.tensor([[1.0, 0], [0, 1e-7], [3, 4], [-1e5, 2e5], [0, 0]])
     rows = shares @ two
-    mixed, basis = by_few_rows(rows)
+    mixed, basis = low_rank(rows)
     assert (mixed.shape, basis.shape) == ((5, 2), (2, 50))
     assert torch.allclose(mixed @ basis, rows, rtol=1e-5, atol=0)
     independent = torch.eye(4)
-    assert len(by_few_rows(independent)[1]) == 4
-    assert len(by_few_rows(torch.zeros(4, 3))[1]) == 0
+    assert len(low_rank(independent)[1]) == 4
+    assert len(low_rank(torch.zeros(4, 3))[1]) == 0
 
 
 def test_what_is_cut_is_counted(rollout, measured):
@@ -270,8 +271,8 @@ def test_the_floor_is_the_cosine_of_other_problems():
         vectors[0, 0, i, int(right >= 2)] = 1.0
     record = record_of(vectors, RIGHT)
     place = Place(record, record["places"]["first"])
-    assert place.floor("hard problems")["mean"] == pytest.approx(1)
-    assert 0 < place.floor("all tokens")["mean"] < 0.95
+    assert place.noise_floor("hard problems")["mean"] == pytest.approx(1)
+    assert 0 < place.noise_floor("all tokens")["mean"] < 0.95
 
 
 def test_the_tables_have_a_row_a_method_and_no_figure_where_there_is_no_gradient():
@@ -285,6 +286,27 @@ def test_the_tables_have_a_row_a_method_and_no_figure_where_there_is_no_gradient
     assert cells[4] != "" and cells[5] == ""
     assert cells[-2] == "12.50%"
     assert len(lengths.splitlines()) == 4
+
+
+def test_the_summary_has_a_row_a_method_and_a_column_a_model_and_place():
+    """Each cosine that of the summed gradients, taken here without products."""
+    record = record_of(VECTORS, RIGHT)
+    record["places"]["last"] = record_of(VECTORS.flip(1), RIGHT)["places"]["first"]
+    other = record_of(VECTORS.roll(1, dims=1), RIGHT)
+    head, _, halves, *rows = summary({"one": record, "two": other}).splitlines()
+    titles = [cell.strip() for cell in head.split("|")[2:-1]]
+    assert titles == ["one, first", "one, last", "two, first", "two, last"]
+    assert halves.count("[") == 4
+
+    first = VECTORS.sum(dim=(0, 2))
+    gradients = [first, first.flip(0), first.roll(1, dims=0), first.roll(1, dims=0)]
+    assert len(rows) == 2
+    for method, row in enumerate(rows, start=1):
+        label, *cells = row.split("|")[1:-1]
+        assert label.strip() == f"method {method}"
+        want = [float(torch.cosine_similarity(g[0], g[method], dim=0)) for g in gradients]
+        means = [float(cell.split()[0]) for cell in cells]
+        assert means == pytest.approx(want, abs=2e-3)
 
 
 def test_the_command_saves_what_it_prints(tmp_path, capsys):
@@ -315,6 +337,8 @@ def test_the_command_says_what_is_wrong(tmp_path):
 # What was published.
 
 PAGE = Path("lab/METHODS.md").read_text()
+TABLES = Path("lab/results/METHODS.md").read_text()
+SECTION = "\n## Which of them turn the update at all?\n"
 
 
 @pytest.fixture(scope="module")
@@ -322,13 +346,21 @@ def saved():
     return read_packed("lab/results/effect-methods.json.gz")
 
 
-def test_the_tables_of_the_page_are_made_again_from_the_saved_products(saved):
-    text, *_ = PAGE.partition("\n**base**: ")
-    again = tables(saved)
-    assert again in PAGE
+def test_the_tables_of_both_pages_are_made_again_from_the_saved_products(saved):
+    """And each figure with an interval in the section's text is one of theirs."""
+    shown = summary(saved)
+    long_tables = tables(saved)
+    assert shown in PAGE
+    assert long_tables in TABLES
+    _, rest = PAGE.split(SECTION)
+    section, *_ = rest.split("\n## ")
+    text = section.replace(shown, "")
     figures = re.findall(r"\d\.\d{3}\s\[[^]]*\]", text)
-    assert len(figures) == 23
-    assert [figure for figure in figures if " ".join(figure.split()) not in again] == []
+    assert len(figures) == 9
+    found_nowhere = [
+        figure for figure in figures if " ".join(figure.split()) not in shown + long_tables
+    ]
+    assert found_nowhere == []
 
 
 def test_the_saved_products_are_of_the_settings_that_the_page_names(saved):
