@@ -58,7 +58,7 @@ from lab.arms import Arm, key
 from lab.children import Children, end_with_the_study, side_by_side
 from lab.effect_methods_report import Place
 from lab.saved import read_packed
-from lab.tables import T_975, gains, over_problems, over_seeds, read_all, table
+from lab.tables import T_975, Records, Values, gains, over_problems, over_seeds, read_all, table
 from plumbing.lock import lock
 from plumbing.settings import flag, parse_flags
 
@@ -102,6 +102,10 @@ EMBEDDED = [
 AS_A_METHOD = {narrow.DIFFICULTY.name: "difficulty", narrow.FULL_STRENGTH.name: "full strength"}
 EFFECT = "lab/results/effect-methods.json.gz"
 ARMS = {"narrow": RELATIVES, "embedded": EMBEDDED}
+
+
+POINT = dict(fmt="o", color="0.3", elinewidth=0.6, capsize=2)
+LABEL = dict(xytext=(5, 3), textcoords="offset points", fontsize=8)
 
 
 @dataclass
@@ -171,28 +175,29 @@ def run_and_print(s: Settings) -> None:
 
 
 def tables(s: Settings) -> str:
-    """Of each setting the levels, and the differences to GRPO, paired by seed. Markdown."""
+    return "\n\n".join(tables_of(s, setting) for setting in SETTINGS)
+
+
+def tables_of(s: Settings, setting: str) -> str:
+    """The levels, and the differences to GRPO, paired by seed. Markdown."""
     titles = [f"Pass@{k}" for k in KS]
-    parts = []
-    for setting in SETTINGS:
-        rate = {name: passes(records) for name, records in read_setting(s, setting).items()}
-        levels = []
-        differences = []
-        for name, values in rate.items():
-            stacked = np.stack(list(values.values()))  # [seeds, problems, K]
-            levels.append([f"{name} ({len(values)})", *over_problems(stacked)])
-            both = set(values) & set(rate.get(GRPO.name, {}))
-            if name not in (GRPO.name, narrow.BASE.name) and both:
-                gain = gains(values, rate[GRPO.name]).mean(1)  # [seeds, K]
-                differences.append([f"{name} − GRPO ({len(gain)})", *over_seeds(gain)])
-        head = f"{setting}, mean over seeds (how many), 95 % interval over problems"
-        parts.append(table([head, *titles], levels))
-        head = f"{setting}, difference (seeds), 95 % interval over seeds"
-        parts.append(table([head, *titles], differences))
-    return "\n\n".join(parts)
+    rate = {name: passes(records) for name, records in read_setting(s, setting).items()}
+    levels = []
+    differences = []
+    for name, values in rate.items():
+        stacked = np.stack(list(values.values()))  # [seeds, problems, K]
+        levels.append([f"{name} ({len(values)})", *over_problems(stacked)])
+        gain = gain_over_grpo(name, values, rate)
+        if len(gain):
+            differences.append([f"{name} − GRPO ({len(gain)})", *over_seeds(gain)])
+    levels_title = f"{setting}, mean over seeds (how many), 95 % interval over problems"
+    differences_title = f"{setting}, difference (seeds), 95 % interval over seeds"
+    first = table([levels_title, *titles], levels)
+    second = table([differences_title, *titles], differences)
+    return f"{first}\n\n{second}"
 
 
-def read_setting(s: Settings, setting: str) -> dict[str, dict]:
+def read_setting(s: Settings, setting: str) -> dict[str, Records]:
     """Arm -> seed -> what was measured, of those that have some."""
     found = {}
     if setting == "narrow":
@@ -201,7 +206,7 @@ def read_setting(s: Settings, setting: str) -> dict[str, dict]:
     return {name: of_seeds(records) for name, records in found.items()}
 
 
-def of_seeds(records: dict[int, dict]) -> dict[int, dict]:
+def of_seeds(records: Records) -> Records:
     """Those of this comparison's seeds; lab.narrow has more."""
     return {seed: record for seed, record in records.items() if seed in SEEDS}
 
@@ -216,10 +221,11 @@ def draw(s: Settings) -> None:
     axes = figure.subplots(1, len(SETTINGS), squeeze=False)[0]
     for axis, setting in zip(axes, SETTINGS):
         for name, gain in changes(s, setting).items():
-            angle = np.degrees(np.arccos(min(1.0, cosine[AS_A_METHOD.get(name, name)])))
+            method = AS_A_METHOD.get(name, name)
+            angle = np.degrees(np.arccos(min(1.0, cosine[method])))
             mean, half = mean_and_half(gain)
-            axis.errorbar(angle, mean, half, fmt="o", color="0.3", elinewidth=0.6, capsize=2)
-            axis.annotate(name, (angle, mean), (5, 3), textcoords="offset points", fontsize=8)
+            axis.errorbar(angle, mean, half, **POINT)
+            axis.annotate(name, (angle, mean), **LABEL)
         axis.axhline(0, color="0.6", linewidth=0.8)
         # Most lie within ten degrees: the square root spreads them.
         axis.set_xscale("function", functions=(np.sqrt, np.square))
@@ -245,10 +251,20 @@ def changes(s: Settings, setting: str) -> dict[str, np.ndarray]:
     rate = {name: passes(records) for name, records in read_setting(s, setting).items()}
     found = {}
     for name, values in rate.items():
-        both = set(values) & set(rate.get(GRPO.name, {}))
-        if name not in (GRPO.name, narrow.BASE.name) and len(both) > 1:
-            found[name] = gains(values, rate[GRPO.name]).mean(1)[:, KS.index(64)]
+        gain = gain_over_grpo(name, values, rate)
+        if len(gain) > 1:
+            found[name] = gain[:, KS.index(64)]
     return found
+
+
+def gain_over_grpo(name: str, values: Values, rate: dict[str, Values]) -> np.ndarray:
+    """Differences of the seeds that both have, [seeds, K]; none for GRPO itself and the base."""
+    others = rate.get(GRPO.name, {})
+    is_arm = name not in (GRPO.name, narrow.BASE.name)
+    both = [seed for seed in values if seed in others]
+    if not is_arm or not both:
+        return np.zeros((0, len(KS)))
+    return gains(values, others).mean(1)
 
 
 def mean_and_half(gain: np.ndarray) -> tuple[float, float]:
@@ -257,9 +273,12 @@ def mean_and_half(gain: np.ndarray) -> tuple[float, float]:
     return gain.mean(), T_975[len(gain) - 1] * error
 
 
-def passes(records: dict[int, dict]) -> dict[int, np.ndarray]:
+def passes(records: Records) -> Values:
     """Pass@K of every problem, [problems, K], by seed."""
-    return {seed: pass_table(r["solved"], r["samples"], KS) for seed, r in records.items()}
+    found = {}
+    for seed, record in records.items():
+        found[seed] = pass_table(record["solved"], record["samples"], KS)
+    return found
 
 
 if __name__ == "__main__":
