@@ -91,7 +91,7 @@ def main() -> None:
     empty = watch.now()
 
     model = load_weights(open_pretrained(s.model), CPU, torch.float32, sharded=s.shard)
-    found = {"loading": watch.most - empty}
+    found = {"loading": max(watch.most, watch.now()) - empty}
     del model
     gc.collect()
     learner = train.prepare(s)
@@ -100,7 +100,7 @@ def main() -> None:
     train.training_step(1, learner, s)
     watch.most = 0
     train.training_step(2, learner, s)
-    found["step"] = watch.most - empty
+    found["step"] = max(watch.most, watch.now()) - empty
 
     parameters = count_parameters(CONFIG)
     always = memory.always(CONFIG, parameters, s, CPU)
