@@ -101,6 +101,14 @@ EMBEDDED = [
 # As lab.effect_methods calls them.
 AS_A_METHOD = {narrow.DIFFICULTY.name: "difficulty", narrow.FULL_STRENGTH.name: "full strength"}
 EFFECT = "lab/results/effect-methods.json.gz"
+# Predictions 2 and 7 compare methods with each other.
+PAIRS = [
+    ("rloo", "dr-grpo"),
+    ("reinforce++", "dr-grpo"),
+    ("reinforce++", "rloo"),
+    ("80-20", narrow.DIFFICULTY.name),
+    ("maxrl", narrow.DIFFICULTY.name),
+]
 ARMS = {"narrow": RELATIVES, "embedded": EMBEDDED}
 
 
@@ -190,6 +198,10 @@ def tables_of(s: Settings, setting: str) -> str:
         gain = gain_over_grpo(name, values, rate)
         if len(gain):
             differences.append([f"{name} − GRPO ({len(gain)})", *over_seeds(gain)])
+    for name, other in PAIRS:
+        if name in rate and other in rate:
+            gain = gains(rate[name], rate[other]).mean(1)
+            differences.append([f"{name} − {other} ({len(gain)})", *over_seeds(gain)])
     levels_title = f"{setting}, mean over seeds (how many), 95 % interval over problems"
     differences_title = f"{setting}, difference (seeds), 95 % interval over seeds"
     first = table([levels_title, *titles], levels)
@@ -217,10 +229,12 @@ def draw(s: Settings) -> None:
     from matplotlib.figure import Figure  # which only this picture needs
 
     cosine = cosines()
-    figure = Figure((5.6 * len(SETTINGS), 5.2), layout="constrained")
-    axes = figure.subplots(1, len(SETTINGS), squeeze=False)[0]
-    for axis, setting in zip(axes, SETTINGS):
-        for name, gain in changes(s, setting).items():
+    found = {setting: changes(s, setting) for setting in SETTINGS}
+    measured = [setting for setting in SETTINGS if found[setting]]
+    figure = Figure((8 * len(measured), 5.2), layout="constrained")
+    axes = figure.subplots(1, len(measured), squeeze=False)[0]
+    for axis, setting in zip(axes, measured):
+        for name, gain in found[setting].items():
             method = AS_A_METHOD.get(name, name)
             angle = np.degrees(np.arccos(min(1.0, cosine[method])))
             mean, half = mean_and_half(gain)
