@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-from typing import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable, Iterator, Sequence
 
 from tqdm import tqdm
 
@@ -35,6 +37,15 @@ class Children:
         if process.returncode != 0:
             last_line = told.strip().split("\n")[-1]
             raise ChildProcessError(f"{' '.join(command)} failed: {last_line}")
+
+    def train(
+        self, folder: Path, flags: Sequence[str], program: Sequence[str] = ("train.py",)
+    ) -> None:
+        """Begins the run in `folder`, or goes on with it (perhaps it is finished)."""
+        if folder.exists():
+            self.run(*program, "--resume", str(folder))
+        else:
+            self.run(*program, "--out", str(folder.parent), "--name", folder.name, *flags)
 
     def stop(self) -> None:
         """Asks all to end, as Ctrl-C does: a training run finishes its step and saves."""
@@ -67,10 +78,18 @@ def side_by_side(
     return failures
 
 
-def end_with_the_study() -> None:
-    """SIGTERM does what Ctrl-C does: KeyboardInterrupt in the main thread."""
+@contextmanager
+def study_in_a_sentence(name: str) -> Iterator[None]:
+    """What ends the study `name` early is told in one sentence. SIGTERM does what Ctrl-C does:
+    KeyboardInterrupt in the main thread."""
 
     def interrupt(number: int, frame) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: stopped; the same command goes on")

@@ -45,7 +45,7 @@ from advantage import group_advantage, policy_loss, shape_with_entropy
 from lab.effect_methods_report import summary, tables
 from lab.effect_report import FEWEST
 from lab.gradients import by_part, pack, products
-from lab.methods import METHODS
+from lab.methods import METHODS, PAPER_CLIPS
 from lab.saved import read_packed, save_packed
 from model import Transformer, load, score
 from plumbing.batch import collate, micro_batches, pad_responses, problems_of_step
@@ -63,12 +63,8 @@ from train import update
 MICRO_TOKENS = 2048  # of a forward pass
 BANDS = ("top fifth of H", "other tokens")
 TOP = 0.2  # of the tokens, as in 80/20
-GSPO_CLIPS = dict(clip_low=3e-4, clip_high=4e-4)
 # What train.py is told beside --method, or instead of it.
-FLAGS = {
-    "gspo": GSPO_CLIPS,
-    "gspo-token": GSPO_CLIPS,
-    "cispo": dict(clip_low=0.999),
+FLAGS = PAPER_CLIPS | {
     "entropy advantage": dict(method="", alpha=0.4),
     "full strength": dict(method="", alpha=10.0),
 }

@@ -319,6 +319,12 @@ METHODS = {
     "gspo-token": Method(loss=gspo_token, denominator=answers),
     "cispo": Method(loss=cispo),
 }
+# The papers' clips, for ratios that train.py's do not fit (docs/methods.md).
+PAPER_CLIPS = {
+    "gspo": dict(clip_low=3e-4, clip_high=4e-4),
+    "gspo-token": dict(clip_low=3e-4, clip_high=4e-4),
+    "cispo": dict(clip_low=0.999),  # no lower one
+}
 
 
 @functools.cache

@@ -35,16 +35,16 @@ Predictions, from the theorem of docs/derivation.md (M(p, H) = 1 + (psi+ - psi-)
 
 import hashlib
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Sequence
 
 import numpy as np
 import torch
 
 from evaluate import count_solved, pass_table
 from lab.arms import Arm, key
-from lab.children import Children, end_with_the_study, side_by_side
+from lab.children import Children, side_by_side, study_in_a_sentence
 from lab.saved import save_packed
 from lab.tables import gains, over_problems, over_seeds, read_all, table
 from model import load
@@ -102,11 +102,8 @@ def work(arm: Arm, seed: int, s: Settings, children: Children) -> None:
     if arm is not BASE:
         model = f"{s.runs}/{key(arm.name, seed)}"
         program = ["-m", "lab.difficulty"] if arm is DIFFICULTY else ["train.py"]
-        if Path(model).exists():
-            children.run(*program, "--resume", model)
-        else:
-            flags = f"{SETTING} {VALIDATION} {arm.flags} --seed {seed}".split()
-            children.run(*program, "--out", s.runs, "--name", Path(model).name, *flags)
+        flags = f"{SETTING} {VALIDATION} {arm.flags} --seed {seed}".split()
+        children.train(Path(model), flags, program)
     arguments = (model, str(counts_file(s, arm, seed)))
     children.run("-c", f"from lab.narrow import measure; measure{arguments}")
 
@@ -148,9 +145,9 @@ def measure(folder: str, counts: str) -> None:
     save_packed(record, counts)
 
 
-def passes(records: dict[int, dict]) -> dict[int, np.ndarray]:
+def passes(records: dict[int, dict], ks: Sequence[int] = KS) -> dict[int, np.ndarray]:
     """Pass@K of every problem, [problems, K], by seed."""
-    return {seed: pass_table(r["solved"], r["samples"], KS) for seed, r in records.items()}
+    return {seed: pass_table(r["solved"], r["samples"], ks) for seed, r in records.items()}
 
 
 def tables(s: Settings) -> str:
@@ -211,11 +208,5 @@ def run_and_print(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    end_with_the_study()
-    settings = parse_flags(Settings, __doc__)
-    try:
-        run_and_print(settings)
-    except (ValueError, OSError) as error:
-        sys.exit(f"lab.narrow: {error}")
-    except KeyboardInterrupt:
-        sys.exit("lab.narrow: stopped; the same command goes on")
+    with study_in_a_sentence("lab.narrow"):
+        run_and_print(parse_flags(Settings, __doc__))

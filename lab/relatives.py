@@ -46,19 +46,28 @@ Predictions, embedded:
     8. No method but GSPO has a difference in Pass@64; GSPO's Pass@1 is lower.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from evaluate import pass_table
 from lab import narrow
 from lab.arms import Arm, key
-from lab.children import Children, end_with_the_study, side_by_side
+from lab.children import Children, side_by_side, study_in_a_sentence
 from lab.effect_methods_report import Place
+from lab.methods import PAPER_CLIPS
+from lab.narrow import passes
 from lab.saved import read_packed
-from lab.tables import T_975, Records, Values, gains, over_problems, over_seeds, read_all, table
+from lab.tables import (
+    Records,
+    Values,
+    gains,
+    interval_over_seeds,
+    over_problems,
+    over_seeds,
+    read_all,
+    table,
+)
 from plumbing.lock import lock
 from plumbing.settings import flag, parse_flags
 
@@ -69,6 +78,12 @@ SETTINGS = {"narrow": "--preset narrow", "embedded": "--steps 40"}
 PROBLEMS = 100
 SAMPLES = 128
 KS = (1, 4, 16, 64)
+
+
+def clip_flags(method: str) -> str:
+    flags = [f" --{name} {value}" for name, value in PAPER_CLIPS[method].items()]
+    return "".join(flags).replace("_", "-")
+
 
 GRPO = Arm("GRPO", "--method grpo")
 RELATIVES = [
@@ -81,8 +96,8 @@ RELATIVES = [
     Arm("rloo", "--method rloo"),
     Arm("reinforce++", "--method reinforce++"),
     Arm("maxrl", "--method maxrl"),
-    Arm("gspo", "--method gspo --clip-low 3e-4 --clip-high 4e-4"),
-    Arm("cispo", "--method cispo --clip-low 0.999"),
+    Arm("gspo", "--method gspo" + clip_flags("gspo")),
+    Arm("cispo", "--method cispo" + clip_flags("cispo")),
 ]
 # lab.narrow has measured these in its setting, from `base` on.
 FROM_NARROW = [
@@ -110,8 +125,6 @@ PAIRS = [
     ("maxrl", narrow.DIFFICULTY.name),
 ]
 ARMS = {"narrow": RELATIVES, "embedded": EMBEDDED}
-
-
 POINT = dict(fmt="o", color="0.3", elinewidth=0.6, capsize=2)
 LABEL = dict(xytext=(5, 3), textcoords="offset points", fontsize=8)
 
@@ -153,11 +166,8 @@ def counts_file(s: Settings, job: Job) -> Path:
 def work(job: Job, s: Settings, children: Children) -> None:
     """Trains one run, or goes on with it, and measures it."""
     folder = Path(s.runs, job.name)
-    if folder.exists():
-        children.run("train.py", "--resume", str(folder))
-    else:
-        flags = f"{SETTINGS[job.setting]} {VALIDATION} {job.arm.flags} --seed {job.seed}".split()
-        children.run("train.py", "--out", str(folder.parent), "--name", folder.name, *flags)
+    flags = f"{SETTINGS[job.setting]} {VALIDATION} {job.arm.flags} --seed {job.seed}".split()
+    children.train(folder, flags)
     counts = str(counts_file(s, job))
     if job.setting == "narrow":
         arguments = (str(folder), counts)
@@ -189,7 +199,7 @@ def tables(s: Settings) -> str:
 def tables_of(s: Settings, setting: str) -> str:
     """The levels, and the differences to GRPO, paired by seed. Markdown."""
     titles = [f"Pass@{k}" for k in KS]
-    rate = {name: passes(records) for name, records in read_setting(s, setting).items()}
+    rate = {name: passes(records, KS) for name, records in read_setting(s, setting).items()}
     levels = []
     differences = []
     for name, values in rate.items():
@@ -237,7 +247,7 @@ def draw(s: Settings) -> None:
         for name, gain in found[setting].items():
             method = AS_A_METHOD.get(name, name)
             angle = np.degrees(np.arccos(min(1.0, cosine[method])))
-            mean, half = mean_and_half(gain)
+            mean, half = interval_over_seeds(gain)
             axis.errorbar(angle, mean, half, **POINT)
             axis.annotate(name, (angle, mean), **LABEL)
         axis.axhline(0, color="0.6", linewidth=0.8)
@@ -262,7 +272,7 @@ def cosines() -> dict[str, float]:
 
 def changes(s: Settings, setting: str) -> dict[str, np.ndarray]:
     """Arm -> its Pass@64 minus GRPO's, [seeds], of arms that have at least two seeds with GRPO."""
-    rate = {name: passes(records) for name, records in read_setting(s, setting).items()}
+    rate = {name: passes(records, KS) for name, records in read_setting(s, setting).items()}
     found = {}
     for name, values in rate.items():
         gain = gain_over_grpo(name, values, rate)
@@ -281,26 +291,6 @@ def gain_over_grpo(name: str, values: Values, rate: dict[str, Values]) -> np.nda
     return gains(values, others).mean(1)
 
 
-def mean_and_half(gain: np.ndarray) -> tuple[float, float]:
-    """[seeds] -> the mean, and half of its 95 % t interval."""
-    error = gain.std(ddof=1) / len(gain) ** 0.5
-    return gain.mean(), T_975[len(gain) - 1] * error
-
-
-def passes(records: Records) -> Values:
-    """Pass@K of every problem, [problems, K], by seed."""
-    found = {}
-    for seed, record in records.items():
-        found[seed] = pass_table(record["solved"], record["samples"], KS)
-    return found
-
-
 if __name__ == "__main__":
-    end_with_the_study()
-    settings = parse_flags(Settings, __doc__)
-    try:
-        run_and_print(settings)
-    except (ValueError, OSError) as error:
-        sys.exit(f"lab.relatives: {error}")
-    except KeyboardInterrupt:
-        sys.exit("lab.relatives: stopped; the same command goes on")
+    with study_in_a_sentence("lab.relatives"):
+        run_and_print(parse_flags(Settings, __doc__))

@@ -30,7 +30,7 @@ from advantage import group_advantage, shape_with_entropy
 from evaluate import count_solved
 from lab.arms import BASE, CORE, FRESH, MAP, OTHERS, Arm, key
 from lab.behaviour import Behaviour
-from lab.children import Children, end_with_the_study, side_by_side
+from lab.children import Children, side_by_side, study_in_a_sentence
 from lab.saved import save_packed
 from lab.tables import CURVES, figures, map_tables, tables
 from model import load
@@ -138,16 +138,13 @@ def train_run(job: Job, folder: str, s: Settings, children: Children) -> None:
     if s.quick:
         flags += ["--steps", "3", "--critic-warmup", "1"]
 
-    if not Path(folder).exists():
-        children.run("train.py", "--out", s.runs, "--name", Path(folder).name, *flags)
-        return
-
-    wanted = parse_flags(TrainSettings, __doc__, flags)
-    if run_name(settings_of_run(folder)) != run_name(wanted):
-        raise ValueError(
-            f"{folder} is not a run of {job.arm.name}: its settings are others; move it away"
-        )
-    children.run("train.py", "--resume", folder)  # begun, and perhaps finished
+    if Path(folder).exists():
+        wanted = parse_flags(TrainSettings, __doc__, flags)
+        if run_name(settings_of_run(folder)) != run_name(wanted):
+            raise ValueError(
+                f"{folder} is not a run of {job.arm.name}: its settings are others; move it away"
+            )
+    children.train(Path(folder), flags)
 
 
 class Watch(Behaviour):
@@ -278,19 +275,16 @@ def run_and_print(s: Settings) -> None:
         raise ChildProcessError(f"{len(failures)} runs failed; the same command tries them again")
 
 
+def as_miniature(s: Settings) -> Settings:
+    """--quick has few runs, in a place of their own."""
+    if s.quick:
+        s.seeds = 1
+        s.other_seeds = 1
+        s.runs = "runs/quick"
+        s.results = "runs/quick/results"
+    return s
+
+
 if __name__ == "__main__":
-    end_with_the_study()
-    settings = parse_flags(Settings, __doc__)
-    if settings.quick:
-        settings.seeds = 1
-        settings.other_seeds = 1
-        settings.runs = "runs/quick"
-        settings.results = "runs/quick/results"
-    try:
-        run_and_print(settings)
-    except (ValueError, OSError) as error:
-        sys.exit(f"lab.study: {error}")
-    except KeyboardInterrupt:
-        sys.exit("lab.study: stopped; the same command goes on")
-    except KeyboardInterrupt:
-        sys.exit("lab.study: stopped; the same command goes on with what is left")
+    with study_in_a_sentence("lab.study"):
+        run_and_print(as_miniature(parse_flags(Settings, __doc__)))

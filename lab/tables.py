@@ -114,18 +114,29 @@ def over_problems(values: np.ndarray, sign: str = "") -> list[str]:
     return cells(values.mean((0, 1)), low, high, sign)
 
 
+def half_interval(variance: np.ndarray, freedom: int) -> np.ndarray:
+    """Half of a t interval, from the variance of the mean."""
+    return T_975[freedom] * np.sqrt(np.maximum(variance, 1e-30))  # not 0: inf * 0 is no number
+
+
 def student(mean: np.ndarray, variance: np.ndarray, freedom: int) -> list[str]:
     """[K] -> means with t intervals, from the variance of the mean."""
-    half = T_975[freedom] * np.sqrt(np.maximum(variance, 1e-30))  # not 0: inf * 0 is no number
+    half = half_interval(variance, freedom)
     return cells(mean, mean - half, mean + half, "+")
 
 
-def over_seeds(gain: np.ndarray) -> list[str]:
-    """Paired differences [S, K] -> means with t intervals over seeds."""
+def interval_over_seeds(gain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Paired differences [S, K] -> their means, and half of their t intervals over seeds."""
     seeds = len(gain)
     mean = gain.mean(0)
     variance = ((gain - mean) ** 2).sum(0) / max(1, seeds - 1)
-    return student(mean, variance / seeds, seeds - 1)
+    return mean, half_interval(variance / seeds, seeds - 1)
+
+
+def over_seeds(gain: np.ndarray) -> list[str]:
+    """The same, as cells of a table."""
+    mean, half = interval_over_seeds(gain)
+    return cells(mean, mean - half, mean + half, "+")
 
 
 def variance_of_a_run(rate: dict[str, Values]) -> tuple[np.ndarray, int]:

@@ -16,16 +16,17 @@ start."""
 import os
 from pathlib import Path
 
+from plumbing import pretrained
 from plumbing.checkpoint import clear_up, remove
 from plumbing.lock import workplace
 
 FILES = ("config.json", "log.jsonl", "validation.jsonl", "state.safetensors", "validation.json")
 MODEL = "model"
-ADAPTER = "model/adapter"  # with --lora-rank
+ADAPTER = f"{MODEL}/{pretrained.ADAPTER}"  # with --lora-rank
 # What pretrained.save and the tokenizers write.
 MODEL_FILES = (
-    "adapter/adapter_config.json",
-    "adapter/adapter_model.safetensors",
+    f"{pretrained.ADAPTER}/adapter_config.json",
+    f"{pretrained.ADAPTER}/adapter_model.safetensors",
     "added_tokens.json",
     "chat_template.jinja",
     "config.json",

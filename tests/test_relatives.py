@@ -12,6 +12,7 @@ import pytest
 
 from lab import relatives
 from lab.arms import key
+from lab.children import Children
 from lab.methods import METHODS
 from lab.relatives import (
     ARMS,
@@ -71,10 +72,11 @@ def test_all_methods_of_a_seed_come_before_the_next_seed(tmp_path):
     assert [job.name for job in jobs(s)] == wanted
 
 
-class Recorder:
-    """Stands in for the processes: keeps what would be run."""
+class Recorder(Children):
+    """Keeps what would be run, and starts no process."""
 
     def __init__(self):
+        super().__init__()
         self.commands = []
 
     def run(self, *command):
@@ -201,3 +203,14 @@ def test_every_figure_of_the_text_is_one_of_the_tables():
     figures = re.findall(r"[-+]?\d\.\d{3}(?: \[[^]]*\])?", text)
     assert len(figures) > 20
     assert [figure for figure in figures if figure not in known] == []
+
+
+def test_nine_of_28_comparisons_exclude_0():
+    """In Pass@1 and Pass@64, of the rows with GRPO; an interval is printed with its signs."""
+    _, differences = tables_of(Settings(), "narrow").split("\n\n")
+    excluding = []
+    for row in differences.splitlines():
+        if " − GRPO (3) " in row:
+            first, *_, last = re.findall(r"\[(.)[\d.]+, (.)[\d.]+\]", row)
+            excluding += [low == high for low, high in (first, last)]
+    assert (sum(excluding), len(excluding)) == (9, 28)
