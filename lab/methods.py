@@ -128,6 +128,56 @@ def clip_cov(
     return clipped
 
 
+def entropy_weighted_reward(step: Step, base: float = 1.0, bonus: float = 0.1) -> Tensor:
+    """GTPO's reward of a token (2508.04349, equations 3 and 5). Of the answers to one problem, d_t
+    right ones and h_t wrong ones have a token at place t:
+
+        r_t =   base + bonus d_t H_t / sum(H_t of the d_t)                in a right answer
+        r_t = - base - bonus h_t (1 / H_t) / sum(1 / H_t of the h_t)      in a wrong one
+
+    so a right answer is praised most where it was unsure, beside the others at that place, and a
+    wrong one blamed most where it was sure. -> [M], float64; right is what has A > 0."""
+    answer = torch.arange(len(step.lengths)).repeat_interleave(step.lengths)  # [M]
+    first = step.lengths.cumsum(dim=0) - step.lengths  # [answers], where each begins in M
+    place = torch.arange(len(answer)) - first[answer]  # [M]
+    right = step.advantage > 0
+    # One number for the tokens at one place of the right, or of the wrong, answers to a problem.
+    kind = 2 * step.group[answer] + right
+    peers = kind * step.lengths.max() + place
+
+    # Not below the rounding of an entropy: its inverse would be noise.
+    entropy = step.entropy.double().clamp(min=1e-6)
+    weight = torch.where(right, entropy, 1 / entropy)
+    share = weight / group_mean(weight, peers)  # d_t H_t / sum(H_t), or that of the inverses
+    return torch.where(right, 1.0, -1.0) * (base + bonus * share)
+
+
+def standardised(values: Tensor, group: Tensor) -> Tensor:
+    """[M], [M] -> [M]: (value - mean) / std of its group; 0 where all are equal."""
+    centred_values = values - group_mean(values, group)
+    std = group_mean(centred_values**2, group).sqrt()
+    all_equal = std < 1e-9  # float64's rounding of rewards around 1
+    return torch.where(all_equal, 0.0, centred_values / (std + 1e-6))
+
+
+def gtpo(step: Step, apart: bool = False) -> Tensor:
+    """GTPO (2508.04349):
+
+        A_t = (r_t - mean(r)) / std(r)      with r_t of `entropy_weighted_reward`
+
+    over all tokens of the answers to a problem. -> [M]. A group whose answers are all right or all
+    wrong keeps A = 0; the paper leaves such groups out.
+
+    `apart`: mean and std over the right answers' tokens for these, over the wrong ones' for those, as
+    readers of the paper quote its equation 6. Then base and bonus cancel. Right answers have a mean A
+    of 0, and so have wrong ones: it only counts how sure a token was, beside others at its place."""
+    problem = step.group.repeat_interleave(step.lengths)  # [M]
+    right = step.advantage > 0
+    together = 2 * problem + right if apart else problem
+    advantage = standardised(entropy_weighted_reward(step), together)
+    return torch.where(step.advantage == 0, 0.0, advantage.to(step.advantage.dtype))
+
+
 # ---- Shaping of tokens: advantage, entropy [B, T] -> [B, T].
 
 
@@ -310,6 +360,8 @@ METHODS = {
     "kl-cov": Method(loss_of=kl_cov, every_answer=True),
     "adaptive-entropy": Method(entropy_coef=adaptive_entropy),
     "multiplied": Method(shape=multiplied),
+    "gtpo": Method(weigh=gtpo),
+    "gtpo-apart": Method(weigh=functools.partial(gtpo, apart=True)),
     "difficulty": Method(advantage=weighted_group_advantage),
     "dr-grpo": Method(advantage=centred, denominator=most_tokens),
     "rloo": Method(advantage=leave_one_out),

@@ -34,6 +34,7 @@ class Step(NamedTuple):
     old_logp: Tensor  # [M]
     entropy: Tensor  # [M], in nats
     lengths: Tensor  # int64 [answers], their sum is M
+    group: Tensor  # int64 [answers], one number for all answers to a problem
 
 
 class Update(NamedTuple):
@@ -100,13 +101,15 @@ def by_method(usual: Update, episodes: Sequence["Episode"], old_logp: Tensor) ->
     column = torch.arange(usual.advantage.shape[1])
     mask = column < lengths[:, None]  # [N, R]
     entropy = torch.cat([episode.entropy for episode in episodes])
-    mine = Step(usual.advantage[mask], old_logp[mask], entropy, lengths)
+    # The answers to one problem are neighbours; no two processes have the same problem.
+    rank, world = join()
+    group = torch.arange(len(episodes)) // s.samples * world + rank  # [N]
+    mine = Step(usual.advantage[mask], old_logp[mask], entropy, lengths, group)
     parts = gather(mine)
     step = Step(*[torch.cat(tensors) for tensors in zip(*parts)])
 
     advantage = usual.advantage
     if method.weigh is not None:
-        rank, _ = join()
         sizes = [len(part.advantage) for part in parts]
         weighed = method.weigh(step).split(sizes)  # [M] -> the tokens of each process
         advantage = torch.zeros_like(advantage).masked_scatter(mask, weighed[rank])

@@ -27,9 +27,11 @@ from lab.methods import (
     centred,
     cispo,
     clip_cov,
+    entropy_weighted_reward,
     find,
     gspo,
     gspo_token,
+    gtpo,
     kl_cov,
     leave_one_out,
     maximum_likelihood,
@@ -62,7 +64,7 @@ GSPO_CLIPS = (verl_reference.GSPO_CLIP_LOW, verl_reference.GSPO_CLIP_HIGH)
 
 def step_of(logp, advantage=ADVANTAGE):
     """The batch as a step in which the sampler's log-probabilities were these, [B, T]."""
-    return Step(advantage[MASK], logp[MASK], ENTROPY[MASK], LENGTHS)
+    return Step(advantage[MASK], logp[MASK], ENTROPY[MASK], LENGTHS, VERL["group"])
 
 
 def back(tokens):
@@ -321,12 +323,114 @@ TEN = Step(
     old_logp=torch.tensor([0.0, -1, -2, -3, -4, 0, -1, -2, -3, -4]),
     entropy=torch.tensor([0.1, 0.9, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.2, 1.0]),
     lengths=torch.tensor([5, 5]),
+    group=torch.tensor([0, 0]),
 )
 # Both means are known, 0 and -2: the covariances are 2 1 0 -1 -2, and the same with other signs.
 
 
 def test_80_20_by_hand():
     assert top_entropy(TEN).tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 0, -1]
+
+
+# Three answers to a problem: right ones of one and two tokens, a wrong one of two. Then another
+# problem: two wrong ones and a right one, and a third one whose answers are all right.
+WEIGHED = Step(
+    advantage=torch.tensor([1.0, 1, 1, -1, -1, -1, -1, 1, 0, 0]),
+    old_logp=torch.zeros(10),
+    entropy=torch.tensor([0.3, 0.1, 0.7, 0.2, 0.0, 0.5, 0.25, 2.0, 1.0, 3.0]),
+    lengths=torch.tensor([1, 2, 2, 1, 1, 1, 1, 1]),
+    group=torch.tensor([4, 4, 4, 9, 9, 9, 6, 6]),
+)
+
+
+def test_gtpos_reward_by_hand():
+    """2 x 0.3 / 0.4 and 2 x 0.1 / 0.4 of 0.1 at the first place; tokens without a rival have 1 of it.
+    Of wrong answers 1/H: 2 and 4, so 2 x 2 / 6 and 2 x 4 / 6."""
+    found = entropy_weighted_reward(WEIGHED)
+    want = [1.15, 1.05, 1.1, -1.1, -1.1, -1 - 0.2 / 3, -1 - 0.4 / 3, 1.1]
+    assert found[:8].tolist() == pytest.approx(want)
+
+
+def test_gtpo_by_hand():
+    """Problem 9: rewards -1.0667, -1.1333 and 1.1; mean -1.1 / 3. Problem 6 teaches nothing."""
+    found = gtpo(WEIGHED).tolist()
+    rewards = [-1 - 0.2 / 3, -1 - 0.4 / 3, 1.1]
+    mean = -1.1 / 3
+    std = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / 3)
+    assert found[5:8] == pytest.approx([(reward - mean) / std for reward in rewards], abs=1e-5)
+    assert found[8:] == [0, 0]
+
+
+def test_gtpo_apart_by_hand():
+    """Of 1.15, 1.05 and 1.1 the mean is 1.1: 1, -1 and 0 times sqrt(3 / 2). What is alone, or like all
+    others of its kind, has exactly 0."""
+    found = gtpo(WEIGHED, apart=True).tolist()
+    assert found[:3] == pytest.approx([math.sqrt(1.5), -math.sqrt(1.5), 0], abs=1e-4)
+    assert found[3:5] == [0, 0]
+    assert found[5:7] == pytest.approx([1, -1], abs=1e-4)
+    assert found[7:] == [0, 0, 0]
+
+
+def slow_gtpo(step, base, bonus, apart):
+    """Answer by answer, place by place."""
+    entropies = [part.tolist() for part in step.entropy.split(step.lengths.tolist())]
+    signs = [part[0].item() for part in step.advantage.split(step.lengths.tolist())]
+    problems = step.group.tolist()
+    rewards = []
+    for i, row in enumerate(entropies):
+        right = signs[i] > 0
+        alike = [
+            j
+            for j in range(len(problems))
+            if problems[j] == problems[i] and (signs[j] > 0) == right
+        ]
+        for place, entropy in enumerate(row):
+            others = [entropies[j][place] for j in alike if place < len(entropies[j])]
+            if right:
+                weight = len(others) * entropy / sum(others)
+                rewards.append(base + bonus * weight)
+            else:
+                weight = len(others) / entropy / sum(1 / other for other in others)
+                rewards.append(-base - bonus * weight)
+    owner = [i for i, row in enumerate(entropies) for _ in row]
+    advantage = []
+    for t, i in enumerate(owner):
+        pool = [
+            rewards[u]
+            for u, j in enumerate(owner)
+            if problems[j] == problems[i] and (not apart or (signs[j] > 0) == (signs[i] > 0))
+        ]
+        mean = sum(pool) / len(pool)
+        std = math.sqrt(sum((reward - mean) ** 2 for reward in pool) / len(pool))
+        advantage.append((rewards[t] - mean) / std if std > 1e-9 else 0.0)
+    return [a if signs[i] else 0.0 for a, i in zip(advantage, owner)]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_gtpo_is_its_formula_read_aloud(apart):
+    step = step_of(OLD_LOGP)
+    found = gtpo(step, apart=apart)
+    want = torch.tensor(slow_gtpo(step, 1.0, 0.1, apart))
+    assert distance(found, want) < 1e-4
+    assert (want.unique().numel()) > 50
+
+
+def test_base_and_bonus_cancel_in_gtpo_apart(monkeypatch):
+    step = step_of(OLD_LOGP)
+    right = step.advantage > 0
+    apart = gtpo(step, apart=True)
+    assert abs(apart[right].mean()) < 1e-5
+    assert abs(apart[step.advantage < 0].mean()) < 1e-5
+    assert gtpo(step)[right].min() > 0
+    other = functools.partial(entropy_weighted_reward, base=5.0, bonus=0.7)
+    monkeypatch.setattr("lab.methods.entropy_weighted_reward", other)
+    assert distance(gtpo(step, apart=True), apart) < 1e-3
+
+
+def test_a_token_without_entropy_has_a_finite_reward():
+    surest = WEIGHED._replace(entropy=torch.tensor([0.0, 0, 0, 0, 0, 0, -1e-7, 0, 0, 0]))
+    found = entropy_weighted_reward(surest)
+    assert found[:8].tolist() == pytest.approx([1.1] * 3 + [-1.1] * 4 + [1.1])
 
 
 def test_whitening_by_hand():
@@ -479,7 +583,7 @@ def weights_after(advantage=None, **settings):
     episodes = make_episodes()
     old_logp, usual = tensors_of(episodes)
     model, _ = load("base")
-    s = Settings(grad_clip=1e9, **settings)
+    s = Settings(grad_clip=1e9, samples=4, **settings)
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
     update(model, optimizer, episodes, old_logp, usual if advantage is None else advantage, s)
     return flat(model)
@@ -511,6 +615,8 @@ PIECES = {
     "clip-cov": (plain, policy_loss, sum, many_clipped),
     "kl-cov": (plain, many_held, sum, None),
     "multiplied": (multiplied, policy_loss, sum, None),
+    "gtpo": (plain, policy_loss, sum, gtpo),
+    "gtpo-apart": (plain, policy_loss, sum, functools.partial(gtpo, apart=True)),
     "reinforce++": (plain, policy_loss, sum, whitened),
     "gspo": (plain, gspo, len, None),
     "gspo-token": (plain, gspo_token, len, None),
@@ -530,7 +636,8 @@ def test_an_update_is_made_of_the_methods_pieces(monkeypatch, name):
     old_logp, advantage = tensors_of(episodes)
     entropy, mask = pad_responses([episode.entropy for episode in episodes])
     lengths = [len(episode.response) for episode in episodes]
-    step = Step(advantage[mask], old_logp[mask], entropy[mask], torch.tensor(lengths))
+    group = torch.arange(12) // 4
+    step = Step(advantage[mask], old_logp[mask], entropy[mask], torch.tensor(lengths), group)
     if weigh is not None:
         advantage = torch.zeros(mask.shape).masked_scatter(mask, weigh(step))
     if name == "kl-cov":
@@ -597,12 +704,15 @@ def test_80_20_in_an_update_is_an_update_with_the_other_tokens_at_0():
     )
 
 
-@pytest.mark.parametrize("name", ["80-20", "clip-cov", "reinforce++", "kl-cov", "gspo", "dr-grpo"])
+OF_A_STEP = ["80-20", "clip-cov", "reinforce++", "gtpo", "kl-cov", "gspo", "dr-grpo"]
+
+
+@pytest.mark.parametrize("name", OF_A_STEP)
 def test_two_processes_see_the_step_that_one_sees(monkeypatch, name):
     """Each has half of the answers; what a method makes of a step is the same as in one process."""
     episodes = make_episodes()
     old_logp, advantage = tensors_of(episodes)
-    s = Settings(method=name)
+    s = Settings(method=name, samples=2)
     usual = Update(advantage, 100.0, shape_with_entropy, policy_loss, s)
     alone = by_method(usual, episodes, old_logp)
     halves = [slice(0, 6), slice(6, 12)]
@@ -610,10 +720,11 @@ def test_two_processes_see_the_step_that_one_sees(monkeypatch, name):
 
     def note(mine):
         parts.append(mine)
-        return [mine]
+        return [mine, mine]
 
     monkeypatch.setattr(plumbing.method, "gather", note)
-    for half in halves:
+    for rank, half in enumerate(halves):
+        monkeypatch.setattr(plumbing.method, "join", lambda rank=rank: (rank, 2))
         by_method(usual._replace(advantage=advantage[half]), episodes[half], old_logp[half])
 
     monkeypatch.setattr(plumbing.method, "gather", lambda mine: parts)
