@@ -47,8 +47,9 @@ from lab.effect_report import FEWEST
 from lab.gradients import by_part, pack, products
 from lab.methods import METHODS, PAPER_CLIPS
 from lab.saved import read_packed, save_packed
-from model import Transformer, load, score
-from plumbing.batch import collate, micro_batches, pad_responses, problems_of_step
+from lab.shared_prompt import score_group
+from model import Transformer, load
+from plumbing.batch import micro_batches, pad_responses, problems_of_step
 from plumbing.method import Update, advantage_of, by_log, by_method
 from plumbing.metrics import Stopwatch
 from plumbing.optimizer import make_optimizer
@@ -60,7 +61,7 @@ from rollout import Episode, Sampler, texts
 from tasks import load_task
 from train import update
 
-MICRO_TOKENS = 2048  # of a forward pass
+MICRO_TOKENS = 4096  # of a forward pass, the prompt counted once for each of its answers
 BANDS = ("top fifth of H", "other tokens")
 TOP = 0.2  # of the tokens, as in 80/20
 # What train.py is told beside --method, or instead of it.
@@ -174,7 +175,7 @@ def weights_of_tokens(
     old_logp: Tensor,
     advantage: Tensor,
 ) -> Tensor:
-    """The gradient of a method's loss with respect to log pi of every token. All [B, T-1]."""
+    """The gradient of a method's loss with respect to log pi of every token. All [B, R]."""
     s = this.s
     logp = logp.detach().requires_grad_()
     shaped = this.shape(advantage, entropy.detach(), s.alpha, s.kappa)
@@ -190,8 +191,8 @@ def add_gradients(
     answers: Sequence[int],
     updates: dict[str, Update],
 ) -> Tensor:
-    """Adds the part that these answers have in the gradient of every method to `gradients_of`,
-    [bands, methods, numbers]. Returns how many tokens each method cuts, [methods]."""
+    """Adds the part that these answers to one problem have in the gradient of every method to
+    `gradients_of`, [bands, methods, numbers]. Returns how many tokens each method cuts, [methods]."""
     named = list(model.named_parameters())
     parameters = [parameter for _, parameter in named]
     tokens = rollout.mask.sum()
@@ -199,32 +200,25 @@ def add_gradients(
     plain = updates["grpo"]
     cut = torch.zeros(len(updates))
     for rows in micro_batches(rollout.episodes, MICRO_TOKENS, among=answers):
-        batch = collate([rollout.episodes[i] for i in rows], model.head.device)
-        old_logp = batch.align(rollout.old_logp[rows])  # [B, T-1], as all below
-        taught = batch.align(plain.advantage[rows]) != 0
-        top = batch.mask & (batch.align(rollout.entropy[rows]) >= least)
-        logp, entropy = score(
-            model,
-            batch.tokens,
-            batch.prompt_len,
-            batch.total_len,
-            plain.s.temperature,
-            entropy_grad=True,
-        )
+        episodes = [rollout.episodes[i] for i in rows]
+        logp, entropy = score_group(model, episodes, plain.s.temperature)  # [B, R], as all below
+        mask = beside(logp, rollout.mask, rows)
+        old_logp = beside(logp, rollout.old_logp, rows)
+        taught = beside(logp, plain.advantage, rows) != 0
+        top = mask & (beside(logp, rollout.entropy, rows) >= least)
 
         # A method is a row of weights, on log pi and on H of every token.
         of_logp = []
         of_entropy = []
         for this in updates.values():
-            advantage = batch.align(this.advantage[rows])
-            weight = weights_of_tokens(this, batch.mask, logp, entropy, old_logp, advantage)
-            of_logp.append(weight)
-            of_entropy.append(-this.s.entropy_coef / tokens * batch.mask)
+            advantage = beside(logp, this.advantage, rows)
+            of_logp.append(weights_of_tokens(this, mask, logp, entropy, old_logp, advantage))
+            of_entropy.append(-this.s.entropy_coef / tokens * mask)
         weights = torch.stack((torch.stack(of_logp), torch.stack(of_entropy)), dim=1)
-        values = torch.stack((logp, entropy))  # [2, B, T-1]
+        values = torch.stack((logp, entropy))  # [2, B, R]
         cut += (taught & (weights[:, 0] == 0)).sum(dim=(1, 2)).cpu()
 
-        for band, inside in enumerate((top, batch.mask & ~top)):
+        for band, inside in enumerate((top, mask & ~top)):
             mixed, basis = low_rank(weights[:, :, inside].flatten(1))
             gradients = []
             for row in basis:
@@ -234,6 +228,11 @@ def add_gradients(
             if gradients:
                 gradients_of[band] += mixed @ torch.stack(gradients)
     return cut
+
+
+def beside(logp: Tensor, of_all: Tensor, rows: Sequence[int]) -> Tensor:
+    """Of a tensor [N, R of all answers] the rows of logp [B, R], as wide and where it is."""
+    return of_all[rows, : logp.shape[1]].to(logp.device)
 
 
 def low_rank(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ the parameters is folded to at most ROOM numbers, with random signs, which keeps
 expectation and to about |a| |b| / sqrt(ROOM); smaller parts are exact.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Sequence
 
@@ -57,12 +58,23 @@ def fold(vector: Tensor) -> Tensor:
     are added up, each number with a random sign, the same in every call."""
     if len(vector) <= ROOM:
         return vector
-    random = torch.Generator(vector.device).manual_seed(0)
     folded = torch.zeros(ROOM, device=vector.device)
-    for piece in vector.split(ROOM):
-        coin = torch.randint(0, 2, piece.shape, generator=random, device=vector.device)
-        folded[: len(piece)] += torch.where(coin == 1, piece, -piece)
+    for piece, sign in zip(vector.split(ROOM), signs(len(vector), vector.device)):
+        folded[: len(piece)] += piece * sign
     return folded
+
+
+@functools.cache
+def signs(length: int, device: torch.device) -> list[Tensor]:
+    """Random +1 and -1 for the pieces of a vector. Drawn once: that takes as long as a backward
+    pass."""
+    random = torch.Generator(device).manual_seed(0)
+    found = []
+    for first in range(0, length, ROOM):
+        size = min(ROOM, length - first)
+        coin = torch.randint(0, 2, (size,), generator=random, device=device)
+        found.append((2 * coin - 1).to(torch.int8))
+    return found
 
 
 def group_gradients(
