@@ -7,11 +7,16 @@ import os
 import resource
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from plumbing.pretrained import head_size
+
+if TYPE_CHECKING:  # it imports this file
+    from plumbing.settings import Settings
 
 GB = 1e9
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -48,55 +53,236 @@ MAY_HELP = (
 )
 
 
-def plan(config: dict, parameters: int, s, length: int, rows: int, device: torch.device) -> str:
-    """A table in GB for `rows` sequences of `length` tokens, with a policy of `parameters` weights,
-    under train.py's settings `s`. ValueError if that is more than a GPU has free or this machine
-    has."""
-    check_lora_rank(config, parameters, s)
-    shape = (config, parameters, s, length, rows, device)
-    parts = in_gb(always(config, parameters, s, device) | sampling(*shape) | learning(*shape))
-    rollout, update = needs(*shape)
-    table = (
-        f"memory in GB on {name_of(device)} for {parameters / 1e9:.3g} billion weights: {parts}; "
-        f"a rollout needs {rollout / GB:.3g}, an update {update / GB:.3g}"
-        f"{saved_by_lora(config, parameters, s, device)}"
-    )
-    free = free_bytes(device)
-    if max(update, rollout) > free:
-        raise ValueError(f"{table}, but there are {free / GB:.3g}; {MAY_HELP}")
-    check_host(
-        s, length, device, max(update, rollout), copied_to_save(config, parameters, s, device)
-    )
-    return table
+@dataclass(frozen=True)
+class Training:
+    """The memory of train.py, in bytes: its settings, a policy of `parameters` weights, and `rows`
+    sequences of `length` tokens at a time."""
+
+    config: dict
+    parameters: int
+    s: "Settings"
+    length: int
+    rows: int
+    device: torch.device
+
+    def plan(self) -> str:
+        """A table in GB. ValueError if that is more than a GPU has free or this machine has."""
+        self.check_lora_rank()
+        parts = in_gb(self.always() | self.sampling() | self.learning())
+        rollout, update = self.needs()
+        table = (
+            f"memory in GB on {name_of(self.device)} for {self.parameters / 1e9:.3g} billion "
+            f"weights: {parts}; a rollout needs {rollout / GB:.3g}, an update {update / GB:.3g}"
+            f"{self.saved_by_lora()}"
+        )
+        free = free_bytes(self.device)
+        if max(update, rollout) > free:
+            raise ValueError(f"{table}, but there are {free / GB:.3g}; {MAY_HELP}")
+        on_device = max(update, rollout)
+        check_host(self.s, self.length, self.device, on_device, self.copied_to_save())
+        return table
+
+    def needs(self) -> tuple[float, float]:
+        """Of a rollout and of an update. The cache is given back before an update, whose activations
+        are gone before a rollout."""
+        in_both = sum(self.always().values())
+        rollout = in_both + sum(self.sampling().values())
+        update = in_both + sum(self.learning().values())
+        return rollout, update
+
+    # ---- What is taken in rollouts and updates.
+
+    def always(self) -> dict[str, float]:
+        s = self.s
+        if s.lora_rank:
+            return self.always_with_lora()
+        models = 2 if s.algo == "ppo" else 1  # the critic is as large as the policy
+        of_each = models * self.parameters / sharing_processes(s)
+        decode_dtype = s.decode_dtype or s.dtype
+        own_copy = s.shard or decode_dtype != s.weights
+        return {
+            "weights": of_each * BYTES[s.weights],
+            "gradients": of_each * BYTES[s.weights],
+            "optimizer": of_each * bytes_of_moments(s),
+            "decode weights": self.parameters * BYTES[decode_dtype] if own_copy else 0,
+            "CUDA libraries": workspaces(self.device),
+        }
+
+    def always_with_lora(self) -> dict[str, float]:
+        """The same where only the float32 A and B of plumbing/lora.py are trained."""
+        s = self.s
+        models = 2 if s.algo == "ppo" else 1
+        adapters = 4 * count_adapters(self.config, s.lora_rank)
+        return {
+            "weights": models * (self.parameters * BYTES[s.weights] + adapters),
+            "gradients": models * adapters,
+            "optimizer": models * 2 * adapters,
+            # Merged, so always a copy.
+            "decode weights": self.parameters * BYTES[s.decode_dtype or s.dtype],
+            "CUDA libraries": workspaces(self.device),
+        }
+
+    def saved_by_lora(self) -> str:
+        """For the table: by how much less memory is taken all the time."""
+        if not self.s.lora_rank:
+            return ""
+        adapters = count_adapters(self.config, self.s.lora_rank)
+        without = dataclasses.replace(self, s=dataclasses.replace(self.s, lora_rank=0))
+        saved = sum(without.always().values()) - sum(self.always().values())
+        effect = f"saves {saved / GB:.3g}" if saved > 0 else f"takes {-saved / GB:.3g} more"
+        return f"; LoRA trains {adapters / 1e9:.3g} billion numbers in their place, which {effect}"
+
+    def check_lora_rank(self) -> None:
+        """ValueError for a rank with which more would be trained than without LoRA."""
+        rank = self.s.lora_rank
+        adapters = count_adapters(self.config, rank)
+        if adapters >= self.parameters:
+            raise ValueError(
+                f"--lora-rank must be so small that less is trained than without it; with {rank} it "
+                f"is {adapters / 1e9:.3g} billion numbers in place of {self.parameters / 1e9:.3g} "
+                "billion"
+            )
+
+    # ---- What a rollout takes besides, or a validation, whichever is larger.
+
+    def sampling(self) -> dict[str, float]:
+        s = self.s
+        decoding = Decoding(
+            self.config,
+            dtype=s.decode_dtype or s.dtype,
+            rows=self.rows,
+            length=self.length,
+            new=s.max_new_tokens,
+            prompts=max(s.prompts, s.eval_problems),
+            device=self.device,
+            graph=s.graph,
+        )
+        return {"KV cache": decoding.cache, "sampling": decoding.besides()}
+
+    # ---- What an update takes besides.
+
+    def learning(self) -> dict[str, float]:
+        activated = self.activations()
+        return {
+            "activations": activated,
+            "gathered": self.gathered(activated) if self.s.shard else 0,
+        }
+
+    def activations(self) -> float:
+        """At the fullest: what a micro-batch's forward pass leaves for the backward pass, and what
+        that works with."""
+        s = self.s
+        config = self.config
+        width = config["hidden_size"]
+        layers = config["num_hidden_layers"]
+        inner = config["intermediate_size"]
+        table = config["vocab_size"] * width
+        tokens = max(s.micro_tokens, self.length)
+        autocast = s.dtype != s.weights  # float32 weights are used as bfloat16 copies
+        tables = 1 if config.get("tie_word_embeddings") else 2
+        copies = 2 * (self.parameters - tables * table) if autocast else 0
+
+        kept = tokens * self.kept_in_layer()
+        inputs = tokens * width * BYTES[s.weights] * layers
+        logits = 5 * 4 * min(s.chunk, tokens) * config["vocab_size"]
+        # It is added up until the last of its parts is there. A frozen head has none, only a copy.
+        head_gradient = BYTES[s.weights] * table
+        if s.lora_rank:
+            head_gradient = 2 * table if autocast else 0
+        # In the backward pass of a layer: gradients inside its MLP or attention, and at its two
+        # ends, where norms compute in float32.
+        query = config["num_attention_heads"] * head_size(config)
+        in_layer = tokens * BYTES[s.dtype] * max(4 * inner, 6 * query)
+        in_layer += tokens * 4 * 6 * width
+
+        if s.recompute:  # of the layers their inputs are kept, and one is computed again
+            # Autocast keeps its copies of what is trained, and makes those of frozen weights again.
+            copies_kept = 0 if s.lora_rank else copies
+            forward = inputs + copies_kept + logits
+            layer_again = inputs + kept + copies // layers + head_gradient + in_layer
+            most = max(forward, inputs + head_gradient + logits, layer_again)
+        else:
+            most = layers * kept + copies + head_gradient + max(logits, in_layer)
+        # MasterAdamW's float32 gradient, mean and denominator of the largest weight.
+        has_master = s.weights == "bfloat16" and not s.lora_rank
+        step = 3 * 4 * table / sharing_processes(s) if has_master else 0
+        if s.optimizer == "adamw8bit" and self.device.type == "cpu":
+            step = EAGER_EIGHT_BIT_STEP * max(table, width * inner)
+        return max(most, step)
+
+    def kept_in_layer(self) -> int:
+        """That a token leaves in a layer for the backward pass."""
+        s = self.s
+        config = self.config
+        width = config["hidden_size"]
+        query = config["num_attention_heads"] * head_size(config)
+        key = config["num_key_value_heads"] * head_size(config)
+        has_norm = config["model_type"] == "qwen3"  # of queries and keys
+        autocast = s.dtype != s.weights
+        numbers = 6 * width + 3 * query + 2 * key + 4 * config["intermediate_size"]
+        if has_norm:
+            numbers += query + key
+        numbers += 7 * s.lora_rank  # between A and B, of seven layers
+        if self.device.type == "cuda" and s.dtype == "float32":  # see model.Attention.attend
+            numbers += 2 * (query - key)
+
+        # Bytes of the float32 copies that norms keep, per number of the width.
+        norm_copies = 0
+        if autocast:
+            norm_copies = 14
+        elif s.weights == "bfloat16":
+            norm_copies = 10
+        return BYTES[s.dtype] * numbers + width * norm_copies
+
+    def gathered(self, activated: float) -> float:
+        """More than `activated` if the weights are sliced: those gathered for a pass, and their
+        gradients until they are added up."""
+        bytes_of_weight = BYTES[self.s.weights]
+        table = self.config["vocab_size"] * self.config["hidden_size"]
+        tied = self.config.get("tie_word_embeddings")
+        tables = (
+            table if tied else 2 * table
+        )  # from the forward pass to the end of the backward pass
+        layer = (self.parameters - tables) / self.config["num_hidden_layers"]
+        # While a layer's backward pass ends: its weights and gradients, the next one's weights on
+        # their way, and the gradients of the one before, which are being added up.
+        in_layers = activated + bytes_of_weight * (tables + 4 * layer)
+        # At the end: embedding and head, their gradients, and another part or copy of these.
+        at_end = bytes_of_weight * (2 * tables + table)
+        # A save, tensor by tensor, has the slices of the largest and all of it, in float32.
+        saving = 2 * 4 * table
+        return max(in_layers, at_end, saving) - activated
+
+    # ---- What a save copies into this machine's memory.
+
+    def copied_to_save(self) -> float:
+        """Of a model without LoRA its largest weight, from a GPU; of one with it all merged
+        weights."""
+        if self.s.lora_rank:
+            return self.parameters * BYTES[self.s.weights]
+        largest = 4 * self.config["vocab_size"] * self.config["hidden_size"]
+        return largest if self.device.type == "cuda" else 0
 
 
-def needs(
-    config: dict, parameters: int, s, length: int, rows: int, device: torch.device
-) -> tuple[float, float]:
-    """Bytes of a rollout and of an update. The cache is given back before an update, whose
-    activations are gone before a rollout."""
-    shape = (config, parameters, s, length, rows, device)
-    in_both = sum(always(config, parameters, s, device).values())
-    rollout = in_both + sum(sampling(*shape).values())
-    update = in_both + sum(learning(*shape).values())
-    return rollout, update
-
-
-def always(config: dict, parameters: int, s, device: torch.device) -> dict[str, float]:
-    """Bytes that are taken in rollouts and updates."""
-    if s.lora_rank:
-        return always_with_lora(config, parameters, s, device)
-    models = 2 if s.algo == "ppo" else 1  # the critic is as large as the policy
-    of_each = models * parameters / sharing_processes(s)
-    decode_dtype = s.decode_dtype or s.dtype
-    own_copy = s.shard or decode_dtype != s.weights
-    return {
-        "weights": of_each * BYTES[s.weights],
-        "gradients": of_each * BYTES[s.weights],
-        "optimizer": of_each * bytes_of_moments(s),
-        "decode weights": parameters * BYTES[decode_dtype] if own_copy else 0,
-        "CUDA libraries": workspaces(device),
-    }
+def check_host(s, length: int, device: torch.device, on_device: float, copied: float) -> None:
+    """ValueError if this machine's memory is too small for the answers of a rollout, of all
+    processes, or of a problem's validation. In bytes: `on_device`, all that is taken there, and
+    `copied`, what a save takes besides."""
+    rollouts = 1 + s.resample  # what a further round drops stays for the log
+    answers = max(s.prompts * s.samples * rollouts, s.eval_samples, s.final_samples)
+    # int64 tokens of prompt and response; of a response's tokens log-probability and entropy too,
+    # and padded: mask, log-probability, advantage, value, return.
+    tokens = length * 8 + s.max_new_tokens * (4 + 4 + 1 + 4 * 4)
+    size = answers * (tokens + BYTES_OF_OBJECTS)
+    needed = size + copied + (0 if device.type == "cuda" else on_device)
+    free = free_bytes(torch.device("cpu"))
+    if needed > free:
+        raise ValueError(
+            f"{answers} answers of up to {length} tokens with their prompts take {size / GB:.3g} GB "
+            f"and all together {needed / GB:.3g} of this machine's memory, which is "
+            f"{free / GB:.3g}; what may help: fewer --prompts or --samples (and --eval-samples, "
+            "--final-samples), less --resample or --max-new-tokens"
+        )
 
 
 def sharing_processes(s) -> int:
@@ -104,18 +290,13 @@ def sharing_processes(s) -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if s.shard else 1
 
 
-def always_with_lora(config: dict, parameters: int, s, device: torch.device) -> dict[str, float]:
-    """The same where only the float32 A and B of plumbing/lora.py are trained."""
-    models = 2 if s.algo == "ppo" else 1
-    adapters = 4 * count_adapters(config, s.lora_rank)
-    return {
-        "weights": models * (parameters * BYTES[s.weights] + adapters),
-        "gradients": models * adapters,
-        "optimizer": models * 2 * adapters,
-        # Merged, so always a copy.
-        "decode weights": parameters * BYTES[s.decode_dtype or s.dtype],
-        "CUDA libraries": workspaces(device),
-    }
+def bytes_of_moments(s) -> float:
+    """Of a weight, in the optimizer."""
+    if s.optimizer == "adamw8bit":
+        return 1 + 1 + 2 * 4 / 256  # codes, and a float32 scale for every 256 of them
+    if s.weights == "bfloat16":
+        return 4 + 2 + 4  # MasterAdamW: float32 master, bfloat16 mean, float32 square
+    return 4 + 4  # two float32 moments
 
 
 def count_adapters(config: dict, rank: int) -> int:
@@ -130,75 +311,8 @@ def count_adapters(config: dict, rank: int) -> int:
     return config["num_hidden_layers"] * rank * (queries_and_output + keys_and_values + mlp)
 
 
-def saved_by_lora(config: dict, parameters: int, s, device: torch.device) -> str:
-    """For the table: by how much less memory is taken all the time."""
-    if not s.lora_rank:
-        return ""
-    adapters = count_adapters(config, s.lora_rank)
-    without = dataclasses.replace(s, lora_rank=0)
-    all_trained = sum(always(config, parameters, without, device).values())
-    saved = all_trained - sum(always(config, parameters, s, device).values())
-    effect = f"saves {saved / GB:.3g}" if saved > 0 else f"takes {-saved / GB:.3g} more"
-    return f"; LoRA trains {adapters / 1e9:.3g} billion numbers in their place, which {effect}"
-
-
-def check_lora_rank(config: dict, parameters: int, s) -> None:
-    """ValueError for a rank with which more would be trained than without LoRA."""
-    adapters = count_adapters(config, s.lora_rank)
-    if adapters >= parameters:
-        raise ValueError(
-            f"--lora-rank must be so small that less is trained than without it; with {s.lora_rank} "
-            f"it is {adapters / 1e9:.3g} billion numbers in place of {parameters / 1e9:.3g} billion"
-        )
-
-
 def workspaces(device: torch.device) -> int:
     return CUDA_WORKSPACES if device.type == "cuda" else 0
-
-
-def sampling(
-    config: dict, parameters: int, s, length: int, rows: int, device: torch.device
-) -> dict[str, float]:
-    """Bytes that a rollout or a validation takes besides, whichever is larger."""
-    decoding = Decoding(
-        config,
-        dtype=s.decode_dtype or s.dtype,
-        rows=rows,
-        length=length,
-        new=s.max_new_tokens,
-        prompts=max(s.prompts, s.eval_problems),
-        device=device,
-        graph=s.graph,
-    )
-    return {"KV cache": decoding.cache, "sampling": decoding.besides()}
-
-
-def learning(
-    config: dict, parameters: int, s, length: int, rows: int, device: torch.device
-) -> dict[str, float]:
-    """Bytes that an update takes besides."""
-    activated = activations(config, parameters, s, length, device)
-    return {
-        "activations": activated,
-        "gathered": gathered(config, parameters, s, activated) if s.shard else 0,
-    }
-
-
-def gathered(config: dict, parameters: int, s, activated: float) -> float:
-    """Bytes that an update takes more than `activated` if the weights are sliced: those gathered for
-    a pass, and their gradients until they are added up."""
-    table = config["vocab_size"] * config["hidden_size"]
-    tied = config.get("tie_word_embeddings")
-    tables = table if tied else 2 * table  # from the forward pass to the end of the backward pass
-    layer = (parameters - tables) / config["num_hidden_layers"]
-    # While a layer's backward pass ends: its weights and gradients, the next one's weights on their
-    # way, and the gradients of the one before, which are being added up.
-    in_layers = activated + BYTES[s.weights] * (tables + 4 * layer)
-    # At the end: embedding and head, their gradients, and another part or copy of these.
-    at_end = BYTES[s.weights] * (2 * tables + table)
-    # A save, tensor by tensor, has the slices of the largest and all of it, in float32.
-    saving = 2 * 4 * table
-    return max(in_layers, at_end, saving) - activated
 
 
 def plan_evaluation(
@@ -244,15 +358,6 @@ def sizes_of_evaluation(
         "KV cache": decoding.cache,
         "sampling": decoding.besides(),
     }
-
-
-def bytes_of_moments(s) -> float:
-    """Of a weight, in the optimizer."""
-    if s.optimizer == "adamw8bit":
-        return 1 + 1 + 2 * 4 / 256  # codes, and a float32 scale for every 256 of them
-    if s.weights == "bfloat16":
-        return 4 + 2 + 4  # MasterAdamW: float32 master, bfloat16 mean, float32 square
-    return 4 + 4  # two float32 moments
 
 
 def name_of(device: torch.device) -> str:
@@ -359,100 +464,6 @@ def check_disk(s, parameters: int, adapters: int = 0) -> None:
             f"a save takes {needed / GB:.3g} GB of disk, with the state twice while it is replaced, "
             f"but {folder} has {free / GB:.3g}; what may help: --out on another disk"
         )
-
-
-def copied_to_save(config: dict, parameters: int, s, device: torch.device) -> float:
-    """Bytes of this machine's memory: of a model without LoRA its largest weight, from a GPU; of one
-    with it all merged weights."""
-    if s.lora_rank:
-        return parameters * BYTES[s.weights]
-    largest = 4 * config["vocab_size"] * config["hidden_size"]
-    return largest if device.type == "cuda" else 0
-
-
-def check_host(s, length: int, device: torch.device, on_device: float, copied: float) -> None:
-    """ValueError if this machine's memory is too small for the answers of a rollout, of all
-    processes, or of a problem's validation. In bytes: `on_device`, all that is taken there, and
-    `copied`, what a save takes besides."""
-    rollouts = 1 + s.resample  # what a further round drops stays for the log
-    answers = max(s.prompts * s.samples * rollouts, s.eval_samples, s.final_samples)
-    # int64 tokens of prompt and response; of a response's tokens log-probability and entropy too,
-    # and padded: mask, log-probability, advantage, value, return.
-    tokens = length * 8 + s.max_new_tokens * (4 + 4 + 1 + 4 * 4)
-    size = answers * (tokens + BYTES_OF_OBJECTS)
-    needed = size + copied + (0 if device.type == "cuda" else on_device)
-    free = free_bytes(torch.device("cpu"))
-    if needed > free:
-        raise ValueError(
-            f"{answers} answers of up to {length} tokens with their prompts take {size / GB:.3g} GB "
-            f"and all together {needed / GB:.3g} of this machine's memory, which is "
-            f"{free / GB:.3g}; what may help: fewer --prompts or --samples (and --eval-samples, "
-            "--final-samples), less --resample or --max-new-tokens"
-        )
-
-
-def activations(config: dict, parameters: int, s, length: int, device: torch.device) -> int:
-    """Bytes that an update takes at its fullest, besides weights, gradients and moments: what a
-    micro-batch's forward pass leaves for the backward pass, and what that works with."""
-    width = config["hidden_size"]
-    layers = config["num_hidden_layers"]
-    inner = config["intermediate_size"]
-    table = config["vocab_size"] * width
-    tokens = max(s.micro_tokens, length)
-    autocast = s.dtype != s.weights  # float32 weights are used as bfloat16 copies
-    tables = 1 if config.get("tie_word_embeddings") else 2
-    copies = 2 * (parameters - tables * table) if autocast else 0
-
-    kept = tokens * kept_in_layer(config, s, device)
-    inputs = tokens * width * BYTES[s.weights] * layers
-    logits = 5 * 4 * min(s.chunk, tokens) * config["vocab_size"]
-    # It is added up until the last of its parts is there. A frozen head has none, only a copy.
-    head_gradient = BYTES[s.weights] * table
-    if s.lora_rank:
-        head_gradient = 2 * table if autocast else 0
-    # In the backward pass of a layer: gradients inside its MLP or attention, and at its two ends,
-    # where norms compute in float32.
-    query = config["num_attention_heads"] * head_size(config)
-    in_layer = tokens * BYTES[s.dtype] * max(4 * inner, 6 * query)
-    in_layer += tokens * 4 * 6 * width
-
-    if s.recompute:  # of the layers their inputs are kept, and one is computed again
-        # Autocast keeps its copies of what is trained, and makes those of frozen weights again.
-        copies_kept = 0 if s.lora_rank else copies
-        forward = inputs + copies_kept + logits
-        layer_again = inputs + kept + copies // layers + head_gradient + in_layer
-        most = max(forward, inputs + head_gradient + logits, layer_again)
-    else:
-        most = layers * kept + copies + head_gradient + max(logits, in_layer)
-    # MasterAdamW's float32 gradient, mean and denominator of the largest weight.
-    has_master = s.weights == "bfloat16" and not s.lora_rank
-    step = 3 * 4 * table / sharing_processes(s) if has_master else 0
-    if s.optimizer == "adamw8bit" and device.type == "cpu":
-        step = EAGER_EIGHT_BIT_STEP * max(table, width * inner)
-    return max(most, step)
-
-
-def kept_in_layer(config: dict, s, device: torch.device) -> int:
-    """Bytes that a token leaves in a layer for the backward pass."""
-    width = config["hidden_size"]
-    query = config["num_attention_heads"] * head_size(config)
-    key = config["num_key_value_heads"] * head_size(config)
-    has_norm = config["model_type"] == "qwen3"  # of queries and keys
-    autocast = s.dtype != s.weights
-    numbers = 6 * width + 3 * query + 2 * key + 4 * config["intermediate_size"]
-    if has_norm:
-        numbers += query + key
-    numbers += 7 * s.lora_rank  # between A and B, of seven layers
-    if device.type == "cuda" and s.dtype == "float32":  # see model.Attention.attend
-        numbers += 2 * (query - key)
-
-    # Bytes of the float32 copies that norms keep, per number of the width.
-    norm_copies = 0
-    if autocast:
-        norm_copies = 14
-    elif s.weights == "bfloat16":
-        norm_copies = 10
-    return BYTES[s.dtype] * numbers + width * norm_copies
 
 
 def free_bytes(device: torch.device) -> int:

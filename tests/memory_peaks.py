@@ -137,10 +137,10 @@ def peaks_of_training(config: dict, s: Settings) -> dict:
         train.training_step(step, learner, s)
     found["update"] = pretend.memory()[1] - others
 
-    needed = memory.needs(
+    planned = memory.Training(
         config, count_parameters(config), s, learner.sampler.max_length, learner.rows, DEVICE
     )
-    found["planned rollout"], found["planned update"] = needed
+    found["planned rollout"], found["planned update"] = planned.needs()
     return found
 
 

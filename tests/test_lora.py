@@ -445,7 +445,8 @@ def test_the_plan_of_7b_by_hand(monkeypatch, capsys):
     parameters = count_parameters(QWEN_7B)
     s = Settings(lora_rank=16, dtype="bfloat16", weights="bfloat16")
     cuda = torch.device("cuda")
-    size = memory.always(QWEN_7B, parameters, s, cuda)
+    training = memory.Training(QWEN_7B, parameters, s, 1024, 8, cuda)
+    size = training.always()
     assert size["weights"] == 2 * parameters + 4 * adapters
     assert size["gradients"] == 4 * adapters
     assert size["optimizer"] == 8 * adapters
@@ -453,8 +454,7 @@ def test_the_plan_of_7b_by_hand(monkeypatch, capsys):
     saves = 14 * parameters - 4 * parameters - 16 * adapters
     monkeypatch.setattr(memory, "free_bytes", lambda device: 80e9)
     monkeypatch.setattr(memory, "name_of", lambda device: "a card")
-    table = memory.plan(QWEN_7B, parameters, s, 1024, 8, cuda)
-    assert table.endswith(
+    assert training.plan().endswith(
         f"; LoRA trains 0.0404 billion numbers in their place, which saves {saves / 1e9:.3g}"
     )
 
