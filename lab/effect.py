@@ -45,6 +45,7 @@ from pathlib import Path
 from typing import Sequence
 
 import torch
+from torch import Tensor
 
 from advantage import group_advantage
 from lab.effect_report import BANDS, draw, sum_of_parts, tables
@@ -66,7 +67,7 @@ from plumbing.metrics import Stopwatch
 from plumbing.pretrained import find_folder
 from plumbing.seeds import seeded_generator
 from plumbing.settings import TEMPLATE_NAMES, check_numbers, flag, parse_flags, pick_device
-from rollout import Sampler, texts
+from rollout import Episode, Sampler, texts
 from tasks import load_task
 
 
@@ -157,35 +158,44 @@ def measure(name: str, s: Settings) -> dict:
 
 def sample_groups(model: Transformer, tokenizer, s: Settings) -> tuple[list[Group], list[int]]:
     """A rollout on training problems -> its groups, and how many answers of each are right."""
-    device = model.head.device
-    task = load_task(s.task, s.data, "", s.template)
-    problems = problems_of_step(task.train, s.problems, 0, s.seed)
-    prompts = [task.encode(problem, tokenizer) for problem in problems]
-    longest = max(len(prompt) for prompt in prompts)
-    sampler = Sampler(model, s.slots, longest + s.max_new_tokens, model.eos_ids)
-    random = seeded_generator(s.seed, 0, "effect", device)
-    episodes = sampler.generate(
-        prompts, s.samples, s.max_new_tokens, s.temperature, random, progress="samples"
-    )
-    sampler.free()
-
+    episodes, rewards = sample_answers(model, tokenizer, s, s.problems, s.temperature)
     groups = []
     right = []
-    for i, problem in enumerate(problems):
-        answers = episodes[i * s.samples : (i + 1) * s.samples]
-        rewards = [
-            task.reward(problem, response, episode.finished)
-            for episode, response in zip(answers, texts(tokenizer, answers))
-        ]
-        reward = torch.tensor(rewards)  # [answers]
+    for first in range(0, len(episodes), s.samples):
+        answers = episodes[first : first + s.samples]
+        reward = rewards[first : first + s.samples]
         one_group = torch.zeros(s.samples, dtype=torch.int64)
         of_answer = group_advantage(reward, one_group)
         _, counted = pad_responses([episode.logp for episode in answers])  # [answers, R]
         advantage = of_answer[:, None] * counted
         is_right = reward > 0
-        groups.append(Group(answers, advantage, is_right.float().mean().to(device)))
+        share = is_right.float().mean().to(model.head.device)
+        groups.append(Group(answers, advantage, share))
         right.append(int(is_right.sum()))
     return groups, right
+
+
+def sample_answers(
+    model: Transformer, tokenizer, s, problems: int, temperature: float
+) -> tuple[list[Episode], Tensor]:
+    """s.samples answers to each of so many training problems, those to one problem neighbours, and
+    their rewards [N]. `s`: settings of lab.effect or lab.effect_methods."""
+    task = load_task(s.task, s.data, "", s.template)
+    chosen = problems_of_step(task.train, problems, 0, s.seed)
+    prompts = [task.encode(problem, tokenizer) for problem in chosen]
+    longest = max(len(prompt) for prompt in prompts)
+    sampler = Sampler(model, s.slots, longest + s.max_new_tokens, model.eos_ids)
+    random = seeded_generator(s.seed, 0, "effect", model.head.device)
+    episodes = sampler.generate(
+        prompts, s.samples, s.max_new_tokens, temperature, random, progress="samples"
+    )
+    sampler.free()
+    rewards = task.rewards(
+        [chosen[episode.prompt_index] for episode in episodes],
+        texts(tokenizer, episodes),
+        [episode.finished for episode in episodes],
+    )
+    return episodes, torch.tensor(rewards)
 
 
 def predictions(
@@ -227,21 +237,27 @@ def read(file: str) -> dict[str, dict]:
     return read_packed(file)
 
 
-def effect(s: Settings) -> None:
-    """Runs the command."""
-    # Whatever can be wrong is found before the first model is sampled.
+def check_models_and_files(s) -> None:
+    """ValueError or FileNotFoundError, before the first model is sampled, of settings of lab.effect
+    or lab.effect_methods."""
     check_numbers(s)
     if bool(s.models) == bool(s.again):
         raise ValueError("either models to measure or --again FILE is needed")
+    if not Path(s.json).absolute().parent.is_dir():
+        raise FileNotFoundError(f"{s.json} names a folder that does not exist")
+    for name in s.models:
+        find_folder(name)
+
+
+def effect(s: Settings) -> None:
+    """Runs the command."""
+    check_models_and_files(s)
     if s.kappa <= 1:
         raise ValueError(
             f"--kappa must be greater than 1, or shaping could flip a sign; it is {s.kappa}"
         )
-    for file in (s.json, s.figure):
-        if not Path(file).absolute().parent.is_dir():
-            raise FileNotFoundError(f"{file} names a folder that does not exist")
-    for name in s.models:
-        find_folder(name)
+    if not Path(s.figure).absolute().parent.is_dir():
+        raise FileNotFoundError(f"{s.figure} names a folder that does not exist")
     if s.figure and find_spec("matplotlib") is None:
         raise ValueError("the picture needs matplotlib: pip install matplotlib")
 

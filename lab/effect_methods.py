@@ -42,6 +42,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from advantage import group_advantage, policy_loss, shape_with_entropy
+from lab.effect import check_models_and_files, sample_answers
 from lab.effect_methods_report import summary, tables
 from lab.effect_report import FEWEST
 from lab.gradients import by_part, pack, products
@@ -49,16 +50,13 @@ from lab.methods import METHODS, PAPER_CLIPS
 from lab.saved import read_packed, save_packed
 from lab.shared_prompt import score_group
 from model import Transformer, load
-from plumbing.batch import micro_batches, pad_responses, problems_of_step
+from plumbing.batch import micro_batches, pad_responses
 from plumbing.method import Update, advantage_of, by_log, by_method
 from plumbing.metrics import Stopwatch
 from plumbing.optimizer import make_optimizer
-from plumbing.pretrained import find_folder
-from plumbing.seeds import seeded_generator
-from plumbing.settings import TEMPLATE_NAMES, check_numbers, flag, parse_flags, pick_device
+from plumbing.settings import TEMPLATE_NAMES, flag, parse_flags, pick_device
 from plumbing.settings import Settings as TrainSettings
-from rollout import Episode, Sampler, texts
-from tasks import load_task
+from rollout import Episode
 from train import update
 
 MICRO_TOKENS = 4096  # of a forward pass, the prompt counted once for each of its answers
@@ -116,35 +114,19 @@ def compared(s: Settings) -> dict[str, TrainSettings]:
 
 def sample_rollouts(model: Transformer, tokenizer, s: Settings) -> tuple[Rollout, Rollout]:
     """What is measured, and the answers to other problems that move the policy."""
-    task = load_task(s.task, s.data, "", s.template)
-    minibatch = TrainSettings().minibatch
-    number = s.problems + s.moves * minibatch
-    problems = problems_of_step(task.train, number, 0, s.seed)
-    prompts = [task.encode(problem, tokenizer) for problem in problems]
-    longest = max(len(prompt) for prompt in prompts)
-    sampler = Sampler(model, s.slots, longest + s.max_new_tokens, model.eos_ids)
-    random = seeded_generator(s.seed, 0, "effect", model.head.device)
+    number = s.problems + s.moves * TrainSettings().minibatch
     temperature = TrainSettings().temperature
-    episodes = sampler.generate(
-        prompts, s.samples, s.max_new_tokens, temperature, random, progress="samples"
-    )
-    sampler.free()
-
-    rewards = task.rewards(
-        [problems[episode.prompt_index] for episode in episodes],
-        texts(tokenizer, episodes),
-        [episode.finished for episode in episodes],
-    )
+    episodes, rewards = sample_answers(model, tokenizer, s, number, temperature)
     measured = s.problems * s.samples
     first = rollout_of(episodes[:measured], rewards[:measured])
     return first, rollout_of(episodes[measured:], rewards[measured:])
 
 
-def rollout_of(episodes: list[Episode], rewards: Sequence[float]) -> Rollout:
+def rollout_of(episodes: list[Episode], reward: Tensor) -> Rollout:
     old_logp, mask = pad_responses([episode.logp for episode in episodes])
     entropy, _ = pad_responses([episode.entropy for episode in episodes])
     group = torch.tensor([episode.prompt_index for episode in episodes])
-    return Rollout(episodes, torch.tensor(rewards), group, old_logp, entropy, mask)
+    return Rollout(episodes, reward, group, old_logp, entropy, mask)
 
 
 def update_of(rollout: Rollout, s: TrainSettings) -> Update:
@@ -318,15 +300,7 @@ def measure_place(
 
 def effect(s: Settings) -> None:
     """Runs the command."""
-    # Whatever can be wrong is found before the first model is sampled.
-    check_numbers(s)
-    if bool(s.models) == bool(s.again):
-        raise ValueError("either models to measure or --again FILE is needed")
-    if not Path(s.json).absolute().parent.is_dir():
-        raise FileNotFoundError(f"{s.json} names a folder that does not exist")
-    for name in s.models:
-        find_folder(name)
-
+    check_models_and_files(s)
     if s.again:
         records = read_packed(s.again)
     else:

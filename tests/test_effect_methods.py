@@ -35,7 +35,9 @@ from test_methods import make_episodes, many_clipped, many_held
 from train import update
 
 ROWS = compared(Settings())
-REWARDS = [1.0, -1, -1, -1, -1, -1, -1, -1, 1, -1, -1, 1]  # nothing is right in the second group
+REWARDS = torch.tensor(
+    [1.0, -1, -1, -1, -1, -1, -1, -1, 1, -1, -1, 1]
+)  # nothing is right in the second group
 
 
 class Keeps(torch.optim.Optimizer):
@@ -175,7 +177,7 @@ def test_what_is_cut_is_counted(rollout, measured):
     assert cut["kl-cov"] == cut["cispo"] == 0
     least = rollout.entropy[rollout.mask].quantile(0.8)
     taught = advantage != 0
-    assert cut["80-20"] >= (taught & (rollout.entropy < least)).sum() > 100
+    assert cut["80-20"] >= (taught & (rollout.entropy < least)).sum() > 90
 
 
 def test_the_policy_moves_by_a_step_of_adamw_a_minibatch():

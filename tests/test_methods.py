@@ -548,10 +548,10 @@ def make_episodes():
     g = dice(3)
     nothing = torch.zeros(0)
     episodes = []
+    prompts = torch.randint(2, 112, (3, 6), generator=g)
     for i, length in enumerate(torch.randint(3, 30, (12,), generator=g).tolist()):
-        prompt = torch.randint(2, 112, (6,), generator=g)
         response = torch.randint(2, 112, (length,), generator=g)
-        episodes.append(Episode(prompt, response, nothing, nothing, True, i // 4))
+        episodes.append(Episode(prompts[i // 4], response, nothing, nothing, True, i // 4))
 
     model, _ = load("base")
     batch = collate(episodes, torch.device("cpu"))
