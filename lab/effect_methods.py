@@ -79,7 +79,11 @@ class Settings:
     problems: int = flag(96, "training problems, those of train.py's first step", least=4)
     samples: int = flag(16, "answers per problem, the group of GRPO", least=2)
     block: int = flag(2, "problems, of about the same share right, that are taken as one")
-    moves: int = flag(7, "optimizer steps between the two places, of train.py's 8 per rollout")
+    moves: int = flag(
+        7,
+        "optimizer steps between the two places, of train.py's 8 per rollout; 0: only the first",
+        least=0,
+    )
     lr: float = flag(2e-4, "AdamW's learning rate in these")
     max_new_tokens: int = flag(128, "longest response, in tokens")
     slots: int = flag(512, "sequences decoded at a time")
@@ -112,14 +116,15 @@ def compared(s: Settings) -> dict[str, TrainSettings]:
     return rows
 
 
-def sample_rollouts(model: Transformer, tokenizer, s: Settings) -> tuple[Rollout, Rollout]:
-    """What is measured, and the answers to other problems that move the policy."""
+def sample_rollouts(model: Transformer, tokenizer, s: Settings) -> tuple[Rollout, Rollout | None]:
+    """What is measured, and the answers to other problems that move the policy, if it is moved."""
     number = s.problems + s.moves * TrainSettings().minibatch
     temperature = TrainSettings().temperature
     episodes, rewards = sample_answers(model, tokenizer, s, number, temperature)
     measured = s.problems * s.samples
     first = rollout_of(episodes[:measured], rewards[:measured])
-    return first, rollout_of(episodes[measured:], rewards[measured:])
+    others = rollout_of(episodes[measured:], rewards[measured:]) if s.moves else None
+    return first, others
 
 
 def rollout_of(episodes: list[Episode], reward: Tensor) -> Rollout:
@@ -261,10 +266,11 @@ def measure(name: str, s: Settings) -> dict:
     record["places"]["first"] = measure_place(
         model, rollout, record["blocks"], rows, f"{name}, first"
     )
-    move(model, others, rows["grpo"])
-    record["places"]["last"] = measure_place(
-        model, rollout, record["blocks"], rows, f"{name}, last"
-    )
+    if others:
+        move(model, others, rows["grpo"])
+        record["places"]["last"] = measure_place(
+            model, rollout, record["blocks"], rows, f"{name}, last"
+        )
     record["seconds"] = round(clock.lap())
     return record
 

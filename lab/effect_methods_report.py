@@ -100,8 +100,8 @@ def tables(records: dict[str, dict]) -> str:
     parts = []
     for name, record in records.items():
         parts.append(heading(name, record))
-        for place, title in PLACES.items():
-            parts += place_tables(f"{name}, {title}", Place(record, record["places"][place]))
+        for which, measured in record["places"].items():
+            parts += place_tables(f"{name}, {PLACES[which]}", Place(record, measured))
     return "\n\n".join(parts)
 
 

@@ -56,6 +56,7 @@ of the embedded ones but GRPO's first had been looked at. Neither form had been 
        which answers were right.
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +89,7 @@ SETTINGS = {"narrow": "--preset narrow", "embedded": "--steps 40"}
 PROBLEMS = 100
 SAMPLES = 128
 KS = (1, 4, 16, 64)
+OUTCOMES = (1, 64)  # those that the predictions speak of
 
 
 def clip_flags(method: str) -> str:
@@ -206,7 +208,32 @@ def run_and_print(s: Settings) -> None:
 
 
 def tables(s: Settings) -> str:
-    return "\n\n".join(tables_of(s, setting) for setting in SETTINGS)
+    """In Markdown: what lab/METHODS.md shows, then all of it."""
+    return "\n\n".join([summary(s), *[tables_of(s, setting) for setting in SETTINGS]])
+
+
+def summary(s: Settings) -> str:
+    """Of every arm the differences to GRPO in Pass@1 and Pass@64, in both settings."""
+    columns = [KS.index(k) for k in OUTCOMES]
+    found: dict[str, dict[str, list[str]]] = {}  # arm -> setting -> cells
+    for setting in SETTINGS:
+        for name, gain in of_arms(s, setting).items():
+            row = found.setdefault(AS_A_METHOD.get(name, name), {})
+            row[setting] = over_seeds(gain[:, columns])
+
+    titles = [f"{setting}, Pass@{k}" for setting in SETTINGS for k in OUTCOMES]
+    rows = []
+    for name, row in found.items():
+        of_settings = [row.get(setting, [""] * len(OUTCOMES)) for setting in SETTINGS]
+        rows.append([name, *itertools.chain.from_iterable(of_settings)])
+    return table(["minus GRPO, 95 % interval over seeds", *titles], rows)
+
+
+def of_arms(s: Settings, setting: str) -> dict[str, np.ndarray]:
+    """Arm -> its Pass@K minus GRPO's, [seeds, K], of arms that have at least two seeds with GRPO."""
+    rate = {name: passes(records, KS) for name, records in read_setting(s, setting).items()}
+    gains_of = {name: gain_over_grpo(name, values, rate) for name, values in rate.items()}
+    return {name: gain for name, gain in gains_of.items() if len(gain) > 1}
 
 
 def tables_of(s: Settings, setting: str) -> str:
@@ -259,7 +286,7 @@ def draw(s: Settings) -> None:
     from matplotlib.figure import Figure  # which only this picture needs
 
     cosine = cosines()
-    found = {setting: changes(s, setting) for setting in SETTINGS}
+    found = {setting: of_arms(s, setting) for setting in SETTINGS}
     measured = [setting for setting in SETTINGS if found[setting]]
     figure = Figure((8 * len(measured), 5.2), layout="constrained")
     axes = figure.subplots(1, len(measured), squeeze=False)[0]
@@ -267,7 +294,7 @@ def draw(s: Settings) -> None:
         for name, gain in found[setting].items():
             method = AS_A_METHOD.get(name, name)
             angle = np.degrees(np.arccos(min(1.0, cosine[method])))
-            mean, half = interval_over_seeds(gain)
+            mean, half = interval_over_seeds(gain[:, KS.index(64)])
             axis.errorbar(angle, mean, half, **POINT)
             axis.annotate(name, (angle, mean), **LABEL)
         axis.axhline(0, color="0.6", linewidth=0.8)
@@ -287,17 +314,6 @@ def cosines() -> dict[str, float]:
     for i, name in enumerate(record["methods"]):
         cosine, _, _ = place.figures(i, "all tokens")
         found[name] = cosine["mean"]
-    return found
-
-
-def changes(s: Settings, setting: str) -> dict[str, np.ndarray]:
-    """Arm -> its Pass@64 minus GRPO's, [seeds], of arms that have at least two seeds with GRPO."""
-    rate = {name: passes(records, KS) for name, records in read_setting(s, setting).items()}
-    found = {}
-    for name, values in rate.items():
-        gain = gain_over_grpo(name, values, rate)
-        if len(gain) > 1:
-            found[name] = gain[:, KS.index(64)]
     return found
 
 

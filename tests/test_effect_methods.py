@@ -21,6 +21,7 @@ from lab.effect_methods import (
     effect,
     flat,
     low_rank,
+    measure,
     move,
     rollout_of,
     update_of,
@@ -325,6 +326,14 @@ def test_the_command_saves_what_it_prints(tmp_path, capsys):
     assert first.cut[cispo] == first.cut[0] == 0
     gspo = first.methods.index("gspo")
     assert first.cut[gspo] == 0 < last.cut[gspo]
+
+
+def test_a_policy_that_is_not_moved_has_one_place():
+    sizes = dict(task="countdown-easy", problems=6, samples=8, max_new_tokens=64, block=1, moves=0)
+    records = {"base": measure("base", Settings(**sizes))}
+    assert list(records["base"]["places"]) == ["first"]
+    assert summary(records).startswith("| cosine with plain GRPO's update | base, first |\n")
+    assert "base, the first update" in tables(records) and "the last" not in tables(records)
 
 
 def test_the_command_says_what_is_wrong(tmp_path):
