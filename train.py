@@ -49,7 +49,7 @@ from model import Critic, Transformer, count_parameters, load_weights, make_crit
 from plumbing.batch import collate, micro_batches, my_share, pad_responses, problems_of_step
 from plumbing.distributed import clip_gradients, gather, join, sum_gradients
 from plumbing.lora import add_adapters
-from plumbing.memory import Training, check_disk, count_adapters
+from plumbing.memory import TrainingMemory, check_disk, count_adapters
 from plumbing.method import Update, advantage_of, by_log, by_method
 from plumbing.metrics import (
     StepRecord,
@@ -443,7 +443,15 @@ def prepare(s: Settings) -> Learner:
     validation_rows = len(validation) * max(s.eval_samples, s.final_samples)
     rows = min(s.slots, max(s.prompts * s.samples, validation_rows))
     parameters = count_parameters(pretrained.config)
-    planned = Training(pretrained.config, parameters, s, length, rows, device).plan()
+    memory = TrainingMemory(
+        config=pretrained.config,
+        parameters=parameters,
+        s=s,
+        length=length,
+        rows=rows,
+        device=device,
+    )
+    planned = memory.plan()
     check_disk(s, parameters, count_adapters(pretrained.config, s.lora_rank))
     if rank == 0:
         print(f"{planned}\nleft out: {left_out} prompts over {s.max_prompt_tokens} tokens")

@@ -158,7 +158,7 @@ def measure(name: str, s: Settings) -> dict:
 
 def sample_groups(model: Transformer, tokenizer, s: Settings) -> tuple[list[Group], list[int]]:
     """A rollout on training problems -> its groups, and how many answers of each are right."""
-    episodes, rewards = sample_answers(model, tokenizer, s, s.problems, s.temperature)
+    episodes, rewards = sample_and_reward(model, tokenizer, s, s.problems, s.temperature)
     groups = []
     right = []
     for first in range(0, len(episodes), s.samples):
@@ -175,7 +175,7 @@ def sample_groups(model: Transformer, tokenizer, s: Settings) -> tuple[list[Grou
     return groups, right
 
 
-def sample_answers(
+def sample_and_reward(
     model: Transformer, tokenizer, s, problems: int, temperature: float
 ) -> tuple[list[Episode], Tensor]:
     """s.samples answers to each of so many training problems, those to one problem neighbours, and
@@ -238,8 +238,8 @@ def read(file: str) -> dict[str, dict]:
 
 
 def check_models_and_files(s) -> None:
-    """ValueError or FileNotFoundError, before the first model is sampled, of settings of lab.effect
-    or lab.effect_methods."""
+    """What both commands, lab.effect and lab.effect_methods, check before they sample. ValueError or
+    FileNotFoundError."""
     check_numbers(s)
     if bool(s.models) == bool(s.again):
         raise ValueError("either models to measure or --again FILE is needed")
@@ -251,7 +251,6 @@ def check_models_and_files(s) -> None:
 
 def effect(s: Settings) -> None:
     """Runs the command."""
-    check_models_and_files(s)
     if s.kappa <= 1:
         raise ValueError(
             f"--kappa must be greater than 1, or shaping could flip a sign; it is {s.kappa}"
@@ -260,6 +259,7 @@ def effect(s: Settings) -> None:
         raise FileNotFoundError(f"{s.figure} names a folder that does not exist")
     if s.figure and find_spec("matplotlib") is None:
         raise ValueError("the picture needs matplotlib: pip install matplotlib")
+    check_models_and_files(s)
 
     if s.again:
         records = read(s.again)

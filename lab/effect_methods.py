@@ -42,7 +42,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from advantage import group_advantage, policy_loss, shape_with_entropy
-from lab.effect import check_models_and_files, sample_answers
+from lab.effect import check_models_and_files, sample_and_reward
 from lab.effect_methods_report import summary, tables
 from lab.effect_report import FEWEST
 from lab.gradients import by_part, pack, products
@@ -120,7 +120,7 @@ def sample_rollouts(model: Transformer, tokenizer, s: Settings) -> tuple[Rollout
     """What is measured, and the answers to other problems that move the policy, if it is moved."""
     number = s.problems + s.moves * TrainSettings().minibatch
     temperature = TrainSettings().temperature
-    episodes, rewards = sample_answers(model, tokenizer, s, number, temperature)
+    episodes, rewards = sample_and_reward(model, tokenizer, s, number, temperature)
     measured = s.problems * s.samples
     first = rollout_of(episodes[:measured], rewards[:measured])
     others = rollout_of(episodes[measured:], rewards[measured:]) if s.moves else None
@@ -189,16 +189,16 @@ def add_gradients(
     for rows in micro_batches(rollout.episodes, MICRO_TOKENS, among=answers):
         episodes = [rollout.episodes[i] for i in rows]
         logp, entropy = score_group(model, episodes, plain.s.temperature)  # [B, R], as all below
-        mask = beside(logp, rollout.mask, rows)
-        old_logp = beside(logp, rollout.old_logp, rows)
-        taught = beside(logp, plain.advantage, rows) != 0
-        top = mask & (beside(logp, rollout.entropy, rows) >= least)
+        mask = rows_like(logp, rollout.mask, rows)
+        old_logp = rows_like(logp, rollout.old_logp, rows)
+        taught = rows_like(logp, plain.advantage, rows) != 0
+        top = mask & (rows_like(logp, rollout.entropy, rows) >= least)
 
         # A method is a row of weights, on log pi and on H of every token.
         of_logp = []
         of_entropy = []
         for this in updates.values():
-            advantage = beside(logp, this.advantage, rows)
+            advantage = rows_like(logp, this.advantage, rows)
             of_logp.append(weights_of_tokens(this, mask, logp, entropy, old_logp, advantage))
             of_entropy.append(-this.s.entropy_coef / tokens * mask)
         weights = torch.stack((torch.stack(of_logp), torch.stack(of_entropy)), dim=1)
@@ -217,8 +217,9 @@ def add_gradients(
     return cut
 
 
-def beside(logp: Tensor, of_all: Tensor, rows: Sequence[int]) -> Tensor:
-    """Of a tensor [N, R of all answers] the rows of logp [B, R], as wide and where it is."""
+def rows_like(logp: Tensor, of_all: Tensor, rows: Sequence[int]) -> Tensor:
+    """These rows of a tensor [N, longest R], cut to the width of logp [B, R] and moved to its
+    device."""
     return of_all[rows, : logp.shape[1]].to(logp.device)
 
 

@@ -17,7 +17,7 @@ from lab.gpu_report import Report, median_seconds, seconds_of, wait
 from lab.gpu_shapes import Shape, make_model, peer_of
 from model import Transformer, count_parameters, load
 from plumbing.batch import micro_batches
-from plumbing.memory import GB, Training
+from plumbing.memory import GB, TrainingMemory
 from plumbing.optimizer import make_optimizer
 from plumbing.pretrained import head_size
 from plumbing.seeds import seeded_generator
@@ -352,9 +352,9 @@ def planned_memory(shape: Shape, config: dict, device: torch.device) -> dict[str
     s = training_settings(shape, device)
     parameters = count_parameters(config)
     length = shape.prompt + shape.new_tokens
-    rollout, _ = Training(config, parameters, s, length, s.slots, device).needs()
+    rollout, _ = TrainingMemory(config, parameters, s, length, s.slots, device).needs()
     longest = sum(shape.lengths)
-    _, of_update = Training(config, parameters, s, longest, s.slots, device).needs()
+    _, of_update = TrainingMemory(config, parameters, s, longest, s.slots, device).needs()
     return {"rollout": rollout / GB, "update": of_update / GB}
 
 

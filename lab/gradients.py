@@ -66,8 +66,8 @@ def fold(vector: Tensor) -> Tensor:
 
 @functools.cache
 def signs(length: int, device: torch.device) -> list[Tensor]:
-    """Random +1 and -1 for the pieces of a vector. Drawn once: that takes as long as a backward
-    pass."""
+    """Random +1 and -1 for the pieces of a vector. Kept, because drawing them takes as long as a
+    backward pass of the model: a byte for each number that is folded."""
     random = torch.Generator(device).manual_seed(0)
     found = []
     for first in range(0, length, ROOM):

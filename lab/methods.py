@@ -128,53 +128,53 @@ def clip_cov(
     return clipped
 
 
-def entropy_weighted_reward(step: Step, base: float = 1.0, bonus: float = 0.1) -> Tensor:
-    """GTPO's reward of a token (2508.04349, equations 3 and 5). Of the answers to one problem, d_t
-    right ones and h_t wrong ones have a token at place t:
+def side_of_group(step: Step) -> Tensor:
+    """-> [M]: one number for all tokens of the right answers to a problem, and one for those of the
+    wrong ones. Right is what has A > 0, which in a group of unequal rewards is the higher one."""
+    problem = step.group.repeat_interleave(step.lengths)
+    return torch.where(step.advantage > 0, 2 * problem + 1, 2 * problem)
 
-        r_t =   base + bonus d_t H_t / sum(H_t of the d_t)                in a right answer
-        r_t = - base - bonus h_t (1 / H_t) / sum(1 / H_t of the h_t)      in a wrong one
 
-    so a right answer is praised most where it was unsure, beside the others at that place, and a
-    wrong one blamed most where it was sure. -> [M], float64; right is what has A > 0."""
+def entropy_weighted_reward(step: Step, base: float, bonus: float) -> Tensor:
+    """GTPO's reward of a token (2508.04349, equations 3 and 5), at place t of an answer:
+
+        r_t =   base + bonus H_t / mean(H at place t of the right ones)            in a right answer
+        r_t = - base - bonus (1 / H_t) / mean(1 / H at place t of the wrong ones)  in a wrong one
+
+    means over the answers to the same problem that are that long. So a right answer is praised most
+    where it was unsure beside other right ones, a wrong one blamed most where it was sure.
+    -> [M], float64."""
     answer = torch.arange(len(step.lengths)).repeat_interleave(step.lengths)  # [M]
     first = step.lengths.cumsum(dim=0) - step.lengths  # [answers], where each begins in M
     place = torch.arange(len(answer)) - first[answer]  # [M]
-    right = step.advantage > 0
-    # One number for the tokens at one place of the right, or of the wrong, answers to a problem.
-    kind = 2 * step.group[answer] + right
-    peers = kind * step.lengths.max() + place
+    peers = side_of_group(step) * step.lengths.max() + place
 
-    # Not below the rounding of an entropy: its inverse would be noise.
-    entropy = step.entropy.double().clamp(min=1e-6)
+    # H is rounded to about 1e-6: below a floor, 1 / H would be nothing but that.
+    entropy = step.entropy.double().clamp(min=1e-4)
+    right = step.advantage > 0
     weight = torch.where(right, entropy, 1 / entropy)
-    share = weight / group_mean(weight, peers)  # d_t H_t / sum(H_t), or that of the inverses
-    return torch.where(right, 1.0, -1.0) * (base + bonus * share)
+    size = base + bonus * weight / group_mean(weight, peers)
+    return torch.where(right, size, -size)
 
 
-def standardised(values: Tensor, group: Tensor) -> Tensor:
-    """[M], [M] -> [M]: (value - mean) / std of its group; 0 where all are equal."""
-    centred_values = values - group_mean(values, group)
-    std = group_mean(centred_values**2, group).sqrt()
-    all_equal = std < 1e-9  # float64's rounding of rewards around 1
-    return torch.where(all_equal, 0.0, centred_values / (std + 1e-6))
+def standardised(reward: Tensor, group: Tensor) -> Tensor:
+    """(r_t - mean) / std of the group. [M], [M] -> [M]; 0 where a group's rewards are equal but for
+    what the rounding of H makes of it."""
+    deviation = reward - group_mean(reward, group)
+    std = group_mean(deviation**2, group).sqrt()
+    return torch.where(std < 1e-4, 0.0, deviation / std)
 
 
-def gtpo(step: Step, apart: bool = False) -> Tensor:
-    """GTPO (2508.04349):
+def gtpo(step: Step, apart: bool = False, base: float = 1.0, bonus: float = 0.1) -> Tensor:
+    """GTPO (2508.04349): A_t is `entropy_weighted_reward`, `standardised` over all tokens of the
+    answers to a problem. -> [M]. Where all answers are right, or all wrong, A stays 0.
 
-        A_t = (r_t - mean(r)) / std(r)      with r_t of `entropy_weighted_reward`
-
-    over all tokens of the answers to a problem. -> [M]. A group whose answers are all right or all
-    wrong keeps A = 0; the paper leaves such groups out.
-
-    `apart`: mean and std over the right answers' tokens for these, over the wrong ones' for those, as
-    readers of the paper quote its equation 6. Then base and bonus cancel. Right answers have a mean A
-    of 0, and so have wrong ones: it only counts how sure a token was, beside others at its place."""
+    `apart` (equation 6, as two implementations quote it): right and wrong answers are standardised
+    each by themselves. Then base and bonus cancel, both kinds have a mean A of 0, and an answer that
+    is the only right one has A = 0."""
     problem = step.group.repeat_interleave(step.lengths)  # [M]
-    right = step.advantage > 0
-    together = 2 * problem + right if apart else problem
-    advantage = standardised(entropy_weighted_reward(step), together)
+    group = side_of_group(step) if apart else problem
+    advantage = standardised(entropy_weighted_reward(step, base, bonus), group)
     return torch.where(step.advantage == 0, 0.0, advantage.to(step.advantage.dtype))
 
 

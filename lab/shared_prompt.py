@@ -1,10 +1,9 @@
-"""The answers to one problem in one sequence, behind their prompt: what a gradient of a group costs then
-does not grow with the prompt.
+"""Answers to one problem in one sequence, behind their prompt, which is computed once.
 
 `model.score` pads answers into rows and computes the prompt anew for each. Here every answer sees the
-prompt and itself: the same numbers, but for rounding, where few problems have many answers each and
-long prompts (lab.effect_methods on a real model). train.py has no use for it: it would need a mask of
-all tokens by all tokens, which no fast attention kernel takes.
+prompt and itself: the same numbers, but for rounding, and less work where prompts are long and have
+many answers (lab.effect_methods on a real model). train.py does without: the mask, of all tokens by
+all tokens, is one that flash attention does not take.
 
     B answers to one problem   S tokens: the prompt's, then those of each answer in turn
     R tokens of the longest answer
@@ -25,7 +24,8 @@ def score_group(
     model: Transformer, episodes: Sequence[Episode], temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy (nats, with its gradient) of every response token, [B, R] each, 0
-    beyond an answer's end. ValueError if the prompts differ."""
+    beyond an answer's end. The logits of all response tokens are there at once. ValueError if the
+    prompts differ."""
     prompt = episodes[0].prompt
     if not all(torch.equal(episode.prompt, prompt) for episode in episodes):
         raise ValueError("the answers are to different prompts")
@@ -78,5 +78,9 @@ def attend(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor, visible: T
     """x [1, S, width] -> the same shape."""
     q, k = attention.queries_and_keys(x, cos, sin)  # [1, heads, S, d], [1, kv_heads, S, d]
     v = attention.split_heads(attention.v_proj(x))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+    # Not every kernel that takes a mask knows grouped heads.
+    group = attention.heads // attention.kv_heads
+    k = k.repeat_interleave(group, dim=1)  # [1, heads, S, d]
+    v = v.repeat_interleave(group, dim=1)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
     return attention.o_proj(y.transpose(1, 2).flatten(2))

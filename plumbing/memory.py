@@ -9,14 +9,11 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from plumbing.pretrained import head_size
-
-if TYPE_CHECKING:  # it imports this file
-    from plumbing.settings import Settings
+from plumbing.settings import Settings
 
 GB = 1e9
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -54,13 +51,13 @@ MAY_HELP = (
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingMemory:
     """The memory of train.py, in bytes: its settings, a policy of `parameters` weights, and `rows`
     sequences of `length` tokens at a time."""
 
     config: dict
     parameters: int
-    s: "Settings"
+    s: Settings
     length: int
     rows: int
     device: torch.device
@@ -83,8 +80,8 @@ class Training:
         return table
 
     def needs(self) -> tuple[float, float]:
-        """Of a rollout and of an update. The cache is given back before an update, whose activations
-        are gone before a rollout."""
+        """Bytes of a rollout, and of an update. The cache is given back before an update, whose
+        activations are gone before a rollout."""
         in_both = sum(self.always().values())
         rollout = in_both + sum(self.sampling().values())
         update = in_both + sum(self.learning().values())
@@ -239,10 +236,8 @@ class Training:
         gradients until they are added up."""
         bytes_of_weight = BYTES[self.s.weights]
         table = self.config["vocab_size"] * self.config["hidden_size"]
-        tied = self.config.get("tie_word_embeddings")
-        tables = (
-            table if tied else 2 * table
-        )  # from the forward pass to the end of the backward pass
+        # Embedding and head stay from the forward pass to the end of the backward pass.
+        tables = table if self.config.get("tie_word_embeddings") else 2 * table
         layer = (self.parameters - tables) / self.config["num_hidden_layers"]
         # While a layer's backward pass ends: its weights and gradients, the next one's weights on
         # their way, and the gradients of the one before, which are being added up.

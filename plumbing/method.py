@@ -34,7 +34,7 @@ class Step(NamedTuple):
     old_logp: Tensor  # [M]
     entropy: Tensor  # [M], in nats
     lengths: Tensor  # int64 [answers], their sum is M
-    group: Tensor  # int64 [answers], one number for all answers to a problem
+    group: Tensor  # int64 [answers], one number for each group of --samples answers to a problem
 
 
 class Update(NamedTuple):
@@ -101,9 +101,12 @@ def by_method(usual: Update, episodes: Sequence["Episode"], old_logp: Tensor) ->
     column = torch.arange(usual.advantage.shape[1])
     mask = column < lengths[:, None]  # [N, R]
     entropy = torch.cat([episode.entropy for episode in episodes])
-    # The answers to one problem are neighbours; no two processes have the same problem.
+    # A group is --samples neighbours, as in train.training_step. A problem that is drawn twice has
+    # two groups.
+    assert len(episodes) % s.samples == 0, "these answers are not in groups of --samples"
     rank, world = join()
-    group = torch.arange(len(episodes)) // s.samples * world + rank  # [N]
+    group_here = torch.arange(len(episodes)) // s.samples  # [N]
+    group = group_here * world + rank  # no other process has it
     mine = Step(usual.advantage[mask], old_logp[mask], entropy, lengths, group)
     parts = gather(mine)
     step = Step(*[torch.cat(tensors) for tensors in zip(*parts)])

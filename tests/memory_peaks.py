@@ -137,7 +137,7 @@ def peaks_of_training(config: dict, s: Settings) -> dict:
         train.training_step(step, learner, s)
     found["update"] = pretend.memory()[1] - others
 
-    planned = memory.Training(
+    planned = memory.TrainingMemory(
         config, count_parameters(config), s, learner.sampler.max_length, learner.rows, DEVICE
     )
     found["planned rollout"], found["planned update"] = planned.needs()

@@ -445,7 +445,7 @@ def test_the_plan_of_7b_by_hand(monkeypatch, capsys):
     parameters = count_parameters(QWEN_7B)
     s = Settings(lora_rank=16, dtype="bfloat16", weights="bfloat16")
     cuda = torch.device("cuda")
-    training = memory.Training(QWEN_7B, parameters, s, 1024, 8, cuda)
+    training = memory.TrainingMemory(QWEN_7B, parameters, s, 1024, 8, cuda)
     size = training.always()
     assert size["weights"] == 2 * parameters + 4 * adapters
     assert size["gradients"] == 4 * adapters

@@ -61,7 +61,7 @@ ROWS = 64
 
 def table_of(config: dict, s: Settings, length: int, rows: int) -> dict[str, float]:
     """The plan's sentence as numbers: {"weights": 15.2, ..., "a rollout needs": ..., ...}"""
-    sentence = memory.Training(config, count_parameters(config), s, length, rows, CPU).plan()
+    sentence = memory.TrainingMemory(config, count_parameters(config), s, length, rows, CPU).plan()
     _, _, entries = sentence.partition(": ")
     table = {}
     for entry in entries.replace(";", ",").split(", "):
@@ -166,7 +166,7 @@ def test_planned_activations_are_those_that_a_forward_pass_keeps(mode):
     """Recomputing, and what the backward pass needs besides: tests/test_memory_plan.py."""
     s = Settings(micro_tokens=4096, chunk=1, **mode)
     model = Transformer(SMALL).to(getattr(torch, s.weights))
-    training = memory.Training(SMALL, count_parameters(SMALL), s, 512, 8, CPU)
+    training = memory.TrainingMemory(SMALL, count_parameters(SMALL), s, 512, 8, CPU)
     layers = 4096 * SMALL["num_hidden_layers"] * training.kept_in_layer()
     copies = 2 * count_parameters(SMALL) if mode == AUTOCAST else 0
     assert layers + copies == pytest.approx(bytes_kept(model, mode == AUTOCAST), rel=0.12)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 import re
+import statistics
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -333,7 +334,7 @@ def test_80_20_by_hand():
 
 
 # Three answers to a problem: right ones of one and two tokens, a wrong one of two. Then another
-# problem: two wrong ones and a right one, and a third one whose answers are all right.
+# problem: two wrong ones and a right one; and a third, whose answers are all right.
 WEIGHED = Step(
     advantage=torch.tensor([1.0, 1, 1, -1, -1, -1, -1, 1, 0, 0]),
     old_logp=torch.zeros(10),
@@ -344,9 +345,9 @@ WEIGHED = Step(
 
 
 def test_gtpos_reward_by_hand():
-    """2 x 0.3 / 0.4 and 2 x 0.1 / 0.4 of 0.1 at the first place; tokens without a rival have 1 of it.
-    Of wrong answers 1/H: 2 and 4, so 2 x 2 / 6 and 2 x 4 / 6."""
-    found = entropy_weighted_reward(WEIGHED)
+    """At the first place 0.3 and 0.1, of mean 0.2; a token without a rival is its own mean. Of wrong
+    answers 1/H: 2 and 4, of mean 3."""
+    found = entropy_weighted_reward(WEIGHED, base=1.0, bonus=0.1)
     want = [1.15, 1.05, 1.1, -1.1, -1.1, -1 - 0.2 / 3, -1 - 0.4 / 3, 1.1]
     assert found[:8].tolist() == pytest.approx(want)
 
@@ -365,72 +366,82 @@ def test_gtpo_apart_by_hand():
     """Of 1.15, 1.05 and 1.1 the mean is 1.1: 1, -1 and 0 times sqrt(3 / 2). What is alone, or like all
     others of its kind, has exactly 0."""
     found = gtpo(WEIGHED, apart=True).tolist()
-    assert found[:3] == pytest.approx([math.sqrt(1.5), -math.sqrt(1.5), 0], abs=1e-4)
+    assert found[:3] == pytest.approx([math.sqrt(1.5), -math.sqrt(1.5), 0], abs=1e-5)
     assert found[3:5] == [0, 0]
-    assert found[5:7] == pytest.approx([1, -1], abs=1e-4)
+    assert found[5:7] == pytest.approx([1, -1], abs=1e-5)
     assert found[7:] == [0, 0, 0]
 
 
-def slow_gtpo(step, base, bonus, apart):
-    """Answer by answer, place by place."""
+def slow_rewards(step):
+    """Of every answer a list, answer by answer and place by place."""
     entropies = [part.tolist() for part in step.entropy.split(step.lengths.tolist())]
-    signs = [part[0].item() for part in step.advantage.split(step.lengths.tolist())]
-    problems = step.group.tolist()
+    kinds = slow_kinds(step)
     rewards = []
-    for i, row in enumerate(entropies):
-        right = signs[i] > 0
-        alike = [
-            j
-            for j in range(len(problems))
-            if problems[j] == problems[i] and (signs[j] > 0) == right
-        ]
+    for kind, row in zip(kinds, entropies):
+        alike = [other for other, its_kind in zip(entropies, kinds) if its_kind == kind]
+        _, is_right = kind
+        of_answer = []
         for place, entropy in enumerate(row):
-            others = [entropies[j][place] for j in alike if place < len(entropies[j])]
-            if right:
-                weight = len(others) * entropy / sum(others)
-                rewards.append(base + bonus * weight)
+            there = [other[place] for other in alike if place < len(other)]
+            if is_right:
+                of_answer.append(1 + 0.1 * len(there) * entropy / sum(there))
             else:
-                weight = len(others) / entropy / sum(1 / other for other in others)
-                rewards.append(-base - bonus * weight)
-    owner = [i for i, row in enumerate(entropies) for _ in row]
+                inverses = [1 / other for other in there]
+                of_answer.append(-1 - 0.1 * len(there) * (1 / entropy) / sum(inverses))
+        rewards.append(of_answer)
+    return rewards
+
+
+def slow_kinds(step):
+    """Of every answer its problem, and whether it is right."""
+    signs = [part[0] > 0 for part in step.advantage.split(step.lengths.tolist())]
+    return list(zip(step.group.tolist(), map(bool, signs)))
+
+
+def slow_gtpo(step, apart):
+    rewards = slow_rewards(step)
+    kinds = slow_kinds(step)
     advantage = []
-    for t, i in enumerate(owner):
-        pool = [
-            rewards[u]
-            for u, j in enumerate(owner)
-            if problems[j] == problems[i] and (not apart or (signs[j] > 0) == (signs[i] > 0))
-        ]
-        mean = sum(pool) / len(pool)
-        std = math.sqrt(sum((reward - mean) ** 2 for reward in pool) / len(pool))
-        advantage.append((rewards[t] - mean) / std if std > 1e-9 else 0.0)
-    return [a if signs[i] else 0.0 for a, i in zip(advantage, owner)]
+    for (problem, is_right), of_answer in zip(kinds, rewards):
+        pool = []
+        for (other_problem, other_is_right), of_other in zip(kinds, rewards):
+            if other_problem == problem and (other_is_right == is_right or not apart):
+                pool += of_other
+        mean = statistics.mean(pool)
+        std = statistics.pstdev(pool)
+        alone = std < 1e-9
+        advantage += [0.0 if alone else (reward - mean) / std for reward in of_answer]
+    return torch.tensor(advantage)
 
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_gtpo_is_its_formula_read_aloud(apart):
     step = step_of(OLD_LOGP)
-    found = gtpo(step, apart=apart)
-    want = torch.tensor(slow_gtpo(step, 1.0, 0.1, apart))
-    assert distance(found, want) < 1e-4
-    assert (want.unique().numel()) > 50
+    want = slow_gtpo(step, apart)
+    assert distance(gtpo(step, apart), want) < 1e-4
+    assert want.unique().numel() > 50
 
 
-def test_base_and_bonus_cancel_in_gtpo_apart(monkeypatch):
+def test_right_answers_have_a_mean_of_0_in_gtpo_apart():
+    """As wrong ones have, whatever base and bonus are; not so in GTPO with one mean for both."""
     step = step_of(OLD_LOGP)
     right = step.advantage > 0
     apart = gtpo(step, apart=True)
     assert abs(apart[right].mean()) < 1e-5
     assert abs(apart[step.advantage < 0].mean()) < 1e-5
+    assert apart.std() > 0.5
+    assert distance(gtpo(step, apart=True, base=5.0, bonus=0.7), apart) < 1e-5
     assert gtpo(step)[right].min() > 0
-    other = functools.partial(entropy_weighted_reward, base=5.0, bonus=0.7)
-    monkeypatch.setattr("lab.methods.entropy_weighted_reward", other)
-    assert distance(gtpo(step, apart=True), apart) < 1e-3
 
 
-def test_a_token_without_entropy_has_a_finite_reward():
-    surest = WEIGHED._replace(entropy=torch.tensor([0.0, 0, 0, 0, 0, 0, -1e-7, 0, 0, 0]))
-    found = entropy_weighted_reward(surest)
-    assert found[:8].tolist() == pytest.approx([1.1] * 3 + [-1.1] * 4 + [1.1])
+def test_rounding_of_entropies_is_not_made_an_advantage():
+    """Two right answers of the same text, of which two decode steps have rounded H differently; and
+    sure tokens of wrong answers."""
+    entropy = WEIGHED.entropy.clone()
+    entropy[:4] = torch.tensor([0.5, 0.5 + 1e-6, 0.7, -1e-6])
+    entropy[5:7] = torch.tensor([0.0, 1e-6])
+    found = gtpo(WEIGHED._replace(entropy=entropy), apart=True)
+    assert found.tolist() == [0] * 10
 
 
 def test_whitening_by_hand():
@@ -738,6 +749,14 @@ def test_two_processes_see_the_step_that_one_sees(monkeypatch, name):
             mask = torch.ones(old_logp.shape, dtype=torch.bool)
             arguments = (logp, old_logp, advantage, mask, 0.2, 0.2, 1.0)
             assert mine.loss(*arguments)[0] == alone.loss(*arguments)[0]
+
+
+def test_answers_that_are_no_groups_are_refused():
+    old_logp, advantage = tensors_of(make_episodes())
+    s = Settings(method="gtpo", samples=5)
+    usual = Update(advantage, 1.0, shape_with_entropy, policy_loss, s)
+    with pytest.raises(AssertionError, match="not in groups of --samples"):
+        by_method(usual, make_episodes(), old_logp)
 
 
 def test_adaptive_entropy_goes_by_the_log():

@@ -141,7 +141,7 @@ def plan_of(monkeypatch, config: dict, cards: int, **changes) -> str:
     free = {"cuda": 80e9, "cpu": 1e12}
     monkeypatch.setattr(memory, "free_bytes", lambda device: free[device.type])
     s = Settings(**PRESETS["paper-grpo"] | dict(weights="bfloat16", slots=8) | changes)
-    return memory.Training(config, count_parameters(config), s, LENGTH, s.slots, CUDA).plan()
+    return memory.TrainingMemory(config, count_parameters(config), s, LENGTH, s.slots, CUDA).plan()
 
 
 def gb_of(sentence: str, what: str) -> float:
