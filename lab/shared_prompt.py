@@ -1,12 +1,12 @@
-"""Answers to one problem in one sequence, behind their prompt, which is computed once.
+"""Scores answers to one problem, whose prompt is computed once.
 
-`model.score` pads answers into rows and computes the prompt anew for each. Here every answer sees the
-prompt and itself: the same numbers, but for rounding, and less work where prompts are long and have
-many answers (lab.effect_methods on a real model). train.py does without: the mask, of all tokens by
-all tokens, is one that flash attention does not take.
+`model.score` pads answers into rows and computes the prompt anew in each. Here the prompt is one row
+and the answers are others, which attend to its keys and values: the same numbers, but for rounding,
+and less work where prompts are long and have many answers (lab.effect_methods on a real model).
+train.py does without: its micro-batches mix problems.
 
-    B answers to one problem   S tokens: the prompt's, then those of each answer in turn
-    R tokens of the longest answer
+    B answers to one problem   P tokens of the prompt   R of the longest answer
+    d numbers in an attention head
 """
 
 from typing import Sequence
@@ -30,57 +30,62 @@ def score_group(
     if not all(torch.equal(episode.prompt, prompt) for episode in episodes):
         raise ValueError("the answers are to different prompts")
     device = model.head.device
-    lengths = [len(episode.response) for episode in episodes]
-    responses = [episode.response for episode in episodes]
-    tokens = torch.cat((prompt, *responses)).to(device)  # [S]
-    position, before, visible = layout(len(prompt), lengths)
-    hidden = forward(model, tokens, position.to(device), visible.to(device))  # [S, width]
+    responses = pad_sequence([episode.response for episode in episodes], batch_first=True)  # [B, R]
+    lengths = torch.tensor([len(episode.response) for episode in episodes])
+    of_prompt, of_answers = forward(model, prompt.to(device), responses.to(device))
 
-    rows = hidden[before.to(device)]  # [all response tokens, width]
-    target = tokens[len(prompt) :]
-    logp, entropy = logp_entropy(rows, model.head, target, temperature, entropy_grad=True)
-    logp = pad_sequence(logp.split(lengths), batch_first=True)  # [B, R]
-    entropy = pad_sequence(entropy.split(lengths), batch_first=True)
-    return logp, entropy
-
-
-def layout(prompt_length: int, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions [S]; for every response token the index of the token before it, [S - prompt]; and
-    what each token attends to, bool [S, S]."""
-    places = [torch.arange(length) for length in (prompt_length, *lengths)]
-    position = torch.cat((places[0], *[prompt_length + place for place in places[1:]]))
-    owner = torch.arange(len(places)).repeat_interleave(torch.tensor([prompt_length, *lengths]))
-
-    index = torch.arange(len(position))
-    is_first = position == prompt_length
-    before = torch.where(is_first, prompt_length - 1, index - 1)[prompt_length:]
-
-    is_earlier = index <= index[:, None]  # [S, S]: row by row what is not behind it
-    of_same_answer = owner == owner[:, None]
-    of_prompt = owner == 0
-    return position, before, is_earlier & (of_same_answer | of_prompt)
+    # The prompt's last token speaks of an answer's first, that of the next, and so on.
+    last = of_prompt[-1].expand(len(episodes), 1, -1)
+    hidden = torch.cat((last, of_answers[:, :-1]), dim=1)  # [B, R, width]
+    mask = (torch.arange(responses.shape[1]) < lengths[:, None]).to(device)  # [B, R]
+    target = responses.to(device)[mask]  # [N]
+    logp, entropy = logp_entropy(hidden[mask], model.head, target, temperature, entropy_grad=True)
+    zeros = torch.zeros(mask.shape, device=device)
+    return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
 
 
-def forward(model: Transformer, tokens: Tensor, position: Tensor, visible: Tensor) -> Tensor:
-    """Transformer.forward of one sequence with a mask: tokens, position [S], visible [S, S] -> hidden
-    states after the last norm [S, width]."""
-    x = model.embed_tokens(tokens)[None]  # [1, S, width]
-    angle = position[:, None] * rope_frequency(model.config, tokens.device)  # [S, d/2]
+def forward(model: Transformer, prompt: Tensor, responses: Tensor) -> tuple[Tensor, Tensor]:
+    """prompt [P], responses [B, R] -> hidden states after the last norm, [P, width] and
+    [B, R, width]."""
+    p = len(prompt)
+    r = responses.shape[1]
+    x = model.embed_tokens(prompt)[None]  # [1, P, width]
+    y = model.embed_tokens(responses)  # [B, R, width]
+    position = torch.arange(p + r, device=prompt.device)
+    angle = position[:, None] * rope_frequency(model.config, prompt.device)  # [P + R, d/2]
     cos = angle.cos().to(x.dtype)
     sin = angle.sin().to(x.dtype)
     for layer in model.layers:
-        x = x + attend(layer.self_attn, layer.input_layernorm(x), cos, sin, visible)
+        of_prompt, of_answers = attend(
+            layer.self_attn, layer.input_layernorm(x), layer.input_layernorm(y), cos, sin
+        )
+        x = x + of_prompt
+        y = y + of_answers
         x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return model.norm(x)[0]
+        y = y + layer.mlp(layer.post_attention_layernorm(y))
+    return model.norm(x)[0], model.norm(y)
 
 
-def attend(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> Tensor:
-    """x [1, S, width] -> the same shape."""
-    q, k = attention.queries_and_keys(x, cos, sin)  # [1, heads, S, d], [1, kv_heads, S, d]
+def attend(
+    attention: Attention, x: Tensor, y: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The prompt x [1, P, width] to itself, the answers y [B, R, width] to it and to themselves ->
+    the same shapes."""
+    p = x.shape[1]
+    batch, r, _ = y.shape
+    q, k = attention.queries_and_keys(x, cos[:p], sin[:p])  # [1, heads, P, d], [1, kv_heads, P, d]
     v = attention.split_heads(attention.v_proj(x))
+    of_prompt = attention.attend(q, k, v)  # [1, heads, P, d]
+
+    own_q, own_k = attention.queries_and_keys(y, cos[p:], sin[p:])
+    own_v = attention.split_heads(attention.v_proj(y))
     # Not every kernel that takes a mask knows grouped heads.
     group = attention.heads // attention.kv_heads
-    k = k.repeat_interleave(group, dim=1)  # [1, heads, S, d]
-    v = v.repeat_interleave(group, dim=1)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-    return attention.o_proj(y.transpose(1, 2).flatten(2))
+    keys = torch.cat((k.expand(batch, -1, -1, -1), own_k), dim=2).repeat_interleave(group, dim=1)
+    values = torch.cat((v.expand(batch, -1, -1, -1), own_v), dim=2).repeat_interleave(group, dim=1)
+    visible = torch.ones(r, p + r, dtype=torch.bool, device=y.device).tril(diagonal=p)
+    of_answers = F.scaled_dot_product_attention(own_q, keys, values, attn_mask=visible)
+
+    of_prompt = attention.o_proj(of_prompt.transpose(1, 2).flatten(2))
+    of_answers = attention.o_proj(of_answers.transpose(1, 2).flatten(2))
+    return of_prompt, of_answers

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import ARCHITECTURES, dice, distance, load_model
-from lab.shared_prompt import layout, score_group
+from lab.shared_prompt import score_group
 from model import score
 from plumbing.batch import collate
 from rollout import Episode
@@ -61,15 +61,6 @@ def test_gradients_are_those_of_score(model):
     want = gradients(torch.stack(rows)[:, :, 6:])
     assert distance(found, want) < 2e-5 * want.abs().max()
     assert want.abs().max() > 0.01
-
-
-def test_the_layout_by_hand():
-    """A prompt of two tokens, answers of one and two: tokens p p a b b."""
-    position, before, visible = layout(2, [1, 2])
-    assert position.tolist() == [0, 1, 2, 2, 3]
-    assert before.tolist() == [1, 1, 3]
-    seen = [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4]]
-    assert [row.nonzero().flatten().tolist() for row in visible] == seen
 
 
 def test_answers_to_different_prompts_are_refused(model):
