@@ -143,8 +143,11 @@ PAIRS = [
     ("rloo", "dr-grpo"),
     ("reinforce++", "dr-grpo"),
     ("reinforce++", "rloo"),
+    # The difficulty weight has a name in each setting.
     ("80-20", narrow.DIFFICULTY.name),
     ("maxrl", narrow.DIFFICULTY.name),
+    ("80-20", "difficulty"),
+    ("maxrl", "difficulty"),
 ]
 ARMS = {"narrow": RELATIVES, "embedded": EMBEDDED}
 POINT = dict(fmt="o", color="0.3", elinewidth=0.6, capsize=2)
