@@ -395,6 +395,7 @@ def test_what_the_text_says_of_the_base(saved, place):
     gspo = {found.pop("gspo"), found.pop("gspo-token")}
     assert max(gspo) < 0.95
     assert found.pop("80-20") < 0.5
+    assert round(math.degrees(math.acos(found.pop("gtpo-apart")))) == 76
     assert min(found.values()) > 0.9885
     assert min(found[name] for name in ("cispo", "kl-cov", "clip-cov")) > 0.9995
     if place == "first":
