@@ -32,6 +32,7 @@ from lab.methods import METHODS, find
 from lab.saved import read_packed
 from model import load, score
 from plumbing.method import advantage_of
+from plumbing.settings import parse_flags
 from test_methods import make_episodes, many_clipped, many_held
 from train import update
 
@@ -402,3 +403,35 @@ def test_what_the_text_says_of_the_base(saved, place):
         assert round(math.degrees(math.acos(cosines(saved["base"], place)["80-20"]))) == 63
     else:
         assert round(math.degrees(math.acos(max(gspo)))) == 52
+
+
+SMOLLM2 = read_packed("lab/results/smollm2-effect-methods.json.gz")
+SAVED_BASE = read_packed("lab/results/effect-methods.json.gz")
+
+
+def test_smollm2s_tables_and_figures_are_made_again():
+    assert summary(SMOLLM2) in PAGE
+    assert tables(SMOLLM2) in TABLES
+    _, section = PAGE.split("\n## And of a real model?\n")
+    text = section.replace(summary(SMOLLM2), "")
+    figures = [" ".join(found.split()) for found in re.findall(r"\d\.\d{3}\s\[[^]]*\]", text)]
+    assert len(figures) == 5
+    of_the_base, *others = sorted(figures, key=lambda figure: figure not in summary(SAVED_BASE))
+    assert of_the_base == "0.450 [0.276, 0.730]"
+    assert [figure for figure in others if figure not in summary(SMOLLM2) + tables(SMOLLM2)] == []
+
+
+def test_smollm2s_settings_are_those_of_the_pages_command():
+    [record] = SMOLLM2.values()
+    [command] = re.findall(r"python -m lab.effect_methods (smollm2 .*)", PAGE)
+    wanted = vars(parse_flags(Settings, "effect", command.split()))
+    assert record["settings"] | dict(json="") == wanted | dict(json="", models=["smollm2"])
+    assert record["methods"] == list(ROWS)
+    assert round(record["seconds"] / 60) == 33
+
+
+def test_what_the_text_says_of_smollm2():
+    found = cosines(SMOLLM2["smollm2"], "first")
+    assert found.pop("gtpo-apart") < 0.2
+    assert found.pop("maxrl") < found.pop("80-20") < 0.93
+    assert min(found.values()) > 0.9665
