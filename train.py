@@ -443,15 +443,7 @@ def prepare(s: Settings) -> Learner:
     validation_rows = len(validation) * max(s.eval_samples, s.final_samples)
     rows = min(s.slots, max(s.prompts * s.samples, validation_rows))
     parameters = count_parameters(pretrained.config)
-    memory = TrainingMemory(
-        config=pretrained.config,
-        parameters=parameters,
-        s=s,
-        length=length,
-        rows=rows,
-        device=device,
-    )
-    planned = memory.plan()
+    planned = TrainingMemory(pretrained.config, parameters, s, length, rows, device).plan()
     check_disk(s, parameters, count_adapters(pretrained.config, s.lora_rank))
     if rank == 0:
         print(f"{planned}\nleft out: {left_out} prompts over {s.max_prompt_tokens} tokens")

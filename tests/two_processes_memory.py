@@ -103,11 +103,12 @@ def main() -> None:
     found["step"] = max(watch.most, watch.now()) - empty
 
     parameters = count_parameters(CONFIG)
-    always = memory.always(CONFIG, parameters, s, CPU)
+    length = learner.sampler.max_length
+    planned = memory.TrainingMemory(CONFIG, parameters, s, length, s.slots, CPU)
+    always = planned.always()
     found["planned loading"] = always["weights"]
     found["planned prepared"] = sum(always.values())
-    needs = memory.needs(CONFIG, parameters, s, learner.sampler.max_length, s.slots, CPU)
-    found["planned step"] = max(needs)
+    found["planned step"] = max(planned.needs())
     (folder / f"{how}-{rank}.json").write_text(json.dumps(found))
     gather(None)
 

@@ -104,7 +104,8 @@ def weights_after(
     """Of one update by SGD on these of the episodes."""
     episodes = make_episodes(torch.Generator().manual_seed(0))
     old_logp, _ = pad_responses([episode.logp for episode in episodes])
-    s = Settings(micro_tokens=2 * LENGTH, grad_clip=1e9, method=method)
+    # A method is told of groups: here each process has one.
+    s = Settings(micro_tokens=2 * LENGTH, grad_clip=1e9, method=method, samples=EPISODES // 2)
     make_optimizer(model, 0.0, s)  # zeroes the gradients
     update(
         model,
