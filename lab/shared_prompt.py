@@ -14,9 +14,9 @@ from typing import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from model import Attention, Transformer, logp_entropy, rope_frequency
+from plumbing.batch import pad_responses
 from rollout import Episode
 
 
@@ -30,15 +30,15 @@ def score_group(
     if not all(torch.equal(episode.prompt, prompt) for episode in episodes):
         raise ValueError("the answers are to different prompts")
     device = model.head.device
-    responses = pad_sequence([episode.response for episode in episodes], batch_first=True)  # [B, R]
-    lengths = torch.tensor([len(episode.response) for episode in episodes])
-    of_prompt, of_answers = forward(model, prompt.to(device), responses.to(device))
+    responses, mask = pad_responses([episode.response for episode in episodes])  # [B, R]
+    responses = responses.to(device)
+    mask = mask.to(device)
+    of_prompt, of_answers = forward(model, prompt.to(device), responses)
 
     # The prompt's last token speaks of an answer's first, that of the next, and so on.
     last = of_prompt[-1].expand(len(episodes), 1, -1)
     hidden = torch.cat((last, of_answers[:, :-1]), dim=1)  # [B, R, width]
-    mask = (torch.arange(responses.shape[1]) < lengths[:, None]).to(device)  # [B, R]
-    target = responses.to(device)[mask]  # [N]
+    target = responses[mask]  # [N]
     logp, entropy = logp_entropy(hidden[mask], model.head, target, temperature, entropy_grad=True)
     zeros = torch.zeros(mask.shape, device=device)
     return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)

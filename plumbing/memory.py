@@ -72,10 +72,10 @@ class TrainingMemory:
             f"weights: {parts}; a rollout needs {rollout / GB:.3g}, an update {update / GB:.3g}"
             f"{self.saved_by_lora()}"
         )
-        free = free_bytes(self.device)
-        if max(update, rollout) > free:
-            raise ValueError(f"{table}, but there are {free / GB:.3g}; {MAY_HELP}")
         on_device = max(update, rollout)
+        free = free_bytes(self.device)
+        if on_device > free:
+            raise ValueError(f"{table}, but there are {free / GB:.3g}; {MAY_HELP}")
         check_host(self.s, self.length, self.device, on_device, self.copied_to_save())
         return table
 

@@ -178,7 +178,7 @@ def test_what_is_cut_is_counted(rollout, measured):
     assert cut["kl-cov"] == cut["cispo"] == 0
     least = rollout.entropy[rollout.mask].quantile(0.8)
     taught = advantage != 0
-    assert cut["80-20"] >= (taught & (rollout.entropy < least)).sum() > 90
+    assert cut["80-20"] >= (taught & (rollout.entropy < least)).sum() > 100
 
 
 def test_the_policy_moves_by_a_step_of_adamw_a_minibatch():
@@ -406,19 +406,21 @@ def test_what_the_text_says_of_the_base(saved, place):
 
 
 SMOLLM2 = read_packed("lab/results/smollm2-effect-methods.json.gz")
-SAVED_BASE = read_packed("lab/results/effect-methods.json.gz")
 
 
-def test_smollm2s_tables_and_figures_are_made_again():
-    assert summary(SMOLLM2) in PAGE
-    assert tables(SMOLLM2) in TABLES
+def test_smollm2s_tables_and_figures_are_made_again(saved):
+    """One of the figures in the text is the base's."""
+    shown = summary(SMOLLM2)
+    long_tables = tables(SMOLLM2)
+    assert shown in PAGE
+    assert long_tables in TABLES
     _, section = PAGE.split("\n## And of a real model?\n")
-    text = section.replace(summary(SMOLLM2), "")
+    text = section.replace(shown, "")
     figures = [" ".join(found.split()) for found in re.findall(r"\d\.\d{3}\s\[[^]]*\]", text)]
     assert len(figures) == 5
-    of_the_base, *others = sorted(figures, key=lambda figure: figure not in summary(SAVED_BASE))
-    assert of_the_base == "0.450 [0.276, 0.730]"
-    assert [figure for figure in others if figure not in summary(SMOLLM2) + tables(SMOLLM2)] == []
+    found_nowhere = [figure for figure in figures if figure not in shown + long_tables]
+    assert found_nowhere == ["0.450 [0.276, 0.730]"]
+    assert found_nowhere[0] in summary(saved)
 
 
 def test_smollm2s_settings_are_those_of_the_pages_command():

@@ -556,7 +556,7 @@ def test_denominators_by_hand():
 def make_episodes():
     """Twelve random answers, four to each prompt, as a policy a little off the embedded model would
     have sampled them: ratios lie on both sides of the clip."""
-    g = dice(3)
+    g = dice(9)
     nothing = torch.zeros(0)
     episodes = []
     prompts = torch.randint(2, 112, (3, 6), generator=g)
